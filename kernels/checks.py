@@ -1,0 +1,32 @@
+"""Argument checks whose errors name the argument."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
+) -> None:
+    """Refuse a tensor of another shape, device or dtype (`None`: any floating dtype).
+
+    Raises:
+        TypeError: it is no tensor, or its dtype is another.
+        ValueError: its shape or device is another.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if dtype is None and not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, not {tensor.dtype}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, not {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, not on {tensor.device}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)

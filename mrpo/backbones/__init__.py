@@ -1,0 +1,106 @@
+"""Model families: the checkpoint's config says which one it is, never its path."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from mrpo.backbones.base import EncodedPrompt, Family, Processor, batch_images, to_device
+from mrpo.backbones.internvl import InternVL
+from mrpo.backbones.qwen_vl import Qwen3VL, Qwen25VL
+from mrpo.config import Config, ModelConfig
+from mrpo.errors import UserError
+
+__all__ = ["EncodedPrompt", "Family", "Processor", "batch_images", "load_model", "load_processor", "to_device"]
+
+FAMILIES: tuple[type[Family], ...] = (Qwen25VL, Qwen3VL, InternVL)
+
+INSTRUCTION = (
+    "Think step by step inside <{tag}> and </{tag}>, one finding per sentence, "
+    "then give the final answer inside <answer> and </answer>."
+)
+
+
+def model_folder(path: str) -> str:
+    """The folder or hub id that `model.path` names; `phantom` is the policy that ships with the package."""
+    if path != "phantom":
+        return path
+    return str(files("mrpo") / "assets" / "phantom")
+
+
+def load_processor(config: Config) -> Processor:
+    """Tokenizer, image processor and family of `config.model.path`; reads no weights.
+
+    Raises:
+        UserError: the folder lacks a file, or its family is not known.
+    """
+    folder = model_folder(config.model.path)
+    _check_folder(config.model.path, Path(folder))
+    options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(folder, **options)
+        family = find_family(model_config.model_type, config.model.path)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={config.model.path} cannot be loaded: {error}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"model.path={config.model.path} has no chat template (chat_template.jinja)")
+    think_tag = config.model.think_tag or family.think_tag
+    instruction = config.prompt.instruction
+    return Processor(
+        family=family,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        model_config=model_config,
+        think_tag=think_tag,
+        instruction=INSTRUCTION.format(tag=think_tag) if instruction is None else instruction,
+        max_prompt_tokens=config.prompt.max_tokens,
+        max_image_pixels=config.data.max_image_pixels,
+    )
+
+
+def find_family(model_type: str, path: str) -> Family:
+    """The family whose checkpoints say `model_type`."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family()
+    known = sorted(name for family in FAMILIES for name in family.model_types)
+    raise UserError(f"model.path={path} is of the family {model_type!r}; known families: {', '.join(known)}")
+
+
+def load_model(config: ModelConfig) -> Any:
+    """The policy's weights (safetensors only) in `config.dtype`, vision tower frozen if asked."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_folder(config.path),
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attention,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.freeze_vision:
+        family = find_family(model.config.model_type, config.path)
+        for name in family.vision_modules:
+            getattr(model.model, name).requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _check_folder(path: str, folder: Path) -> None:
+    """Names what is missing in a local folder; a hub id is left to the hub client."""
+    if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path == "phantom":
+            raise UserError(f"model.path={path}: there is no such folder")
+        return
+    for need, names in {
+        "config": ["config.json"],
+        "tokenizer": ["tokenizer.json", "tokenizer_config.json"],
+        "image processor": ["preprocessor_config.json", "processor_config.json"],
+    }.items():
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(f"model.path={path} has no {need}: expected {' or '.join(names)}")

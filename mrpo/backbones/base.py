@@ -1,0 +1,141 @@
+"""What a model family must say about itself, and the processor that turns an example into a prompt.
+
+A family is a small class: its think tag, how its image processor is called, and how many image tokens an image takes.
+No torchvision is needed: images go through the PIL image processors, text through the tokenizer's chat template, and
+the expansion of image placeholders happens here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from PIL import Image
+
+from mrpo.errors import UserError
+from mrpo.records import EncodedPrompt, Example
+
+
+class Family(Protocol):
+    """One model family. `model_types` are the `model_type`s of its checkpoint configs."""
+
+    model_types: ClassVar[tuple[str, ...]]
+    think_tag: ClassVar[str]
+    vision_modules: ClassVar[tuple[str, ...]]
+
+    def process_images(
+        self, image_processor: Any, images: Sequence[Image.Image], config: Any
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """The vision tower's inputs for `images` and the number of image tokens of each."""
+        ...
+
+    def placeholder(self, num_tokens: int) -> tuple[str, str]:
+        """The text that stands for an image in the chat template, and what it expands to."""
+        ...
+
+    def forward_inputs(self, token_type_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Further forward arguments made from `token_type_ids` (B, T), 1 at image tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Family, tokenizer and image processor of one checkpoint: all that turns examples into prompts and ids into text."""
+
+    family: Family
+    tokenizer: Any
+    image_processor: Any
+    model_config: Any
+    think_tag: str
+    instruction: str
+    max_prompt_tokens: int
+    max_image_pixels: int
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for image or video content and must not occur in a completion."""
+        names = ("image_token_id", "video_token_id")
+        return tuple(i for name in names if (i := getattr(self.model_config, name, None)) is not None)
+
+    def encode_prompt(self, example: Example) -> EncodedPrompt:
+        """The chat prompt of `example`, ready for generation.
+
+        Raises:
+            UserError: the prompt is longer than `prompt.max_tokens`, or an image cannot be read.
+        """
+        images = [shrink(image, self.max_image_pixels) for image in _load(example)]
+        tensors, counts = self.family.process_images(self.image_processor, images, self.model_config)
+        text = self._chat_text(example.question, len(images))
+        for count in counts:
+            placeholder, expanded = self.family.placeholder(count)
+            # A private marker keeps an expanded image from being expanded again.
+            text = text.replace(placeholder, expanded.replace(placeholder, "\0"), 1)
+        if counts:
+            text = text.replace("\0", self.family.placeholder(1)[0])
+        input_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
+        if len(input_ids) > self.max_prompt_tokens:
+            raise UserError(
+                f"example {example.id}: its prompt takes {len(input_ids)} tokens, above prompt.max_tokens="
+                f"{self.max_prompt_tokens}; raise that, or lower data.max_image_pixels={self.max_image_pixels}"
+            )
+        token_type_ids = (input_ids == self.model_config.image_token_id).long()
+        if int(token_type_ids.sum()) != sum(counts):
+            raise UserError(
+                f"example {example.id}: its text contains the image placeholder of {self.model_config.model_type}, "
+                f"so {int(token_type_ids.sum())} image tokens stand where {sum(counts)} belong"
+            )
+        return EncodedPrompt(input_ids, token_type_ids, tensors)
+
+    def encode_target(self, rationale: str, answer: str) -> tuple[int, ...]:
+        """Token ids of the completion that SFT teaches: think block, answer, end token.
+
+        Raises:
+            UserError: the text contains an image placeholder.
+        """
+        tag = self.think_tag
+        text = f"<{tag}>{rationale}</{tag}><answer>{answer}</answer>"
+        token_ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if set(token_ids) & set(self.placeholder_ids):
+            raise UserError(f"a target for sft contains an image placeholder: {text!r}")
+        return (*token_ids, self.tokenizer.eos_token_id)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion without special tokens."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _chat_text(self, question: str, num_images: int) -> str:
+        text = f"{question}\n{self.instruction}" if self.instruction else question
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """`image` scaled down to at most `max_pixels`, its shape kept; smaller images are returned as they are."""
+    width, height = image.size
+    if width * height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (width * height))
+    return image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
+
+
+def batch_images(prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
+    """The image tensors of several prompts as one batch, in order."""
+    names = {name for prompt in prompts for name in prompt.images}
+    return {name: torch.cat([p.images[name] for p in prompts if name in p.images]) for name in sorted(names)}
+
+
+def to_device(tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`tensors` on `device`, floating point ones in `dtype`."""
+    return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in tensors.items()}
+
+
+def _load(example: Example) -> list[Image.Image]:
+    try:
+        return example.load_images()
+    except OSError as error:
+        raise UserError(f"example {example.id}: its image cannot be read: {error}") from error

@@ -1,0 +1,30 @@
+"""InternVL3 (the transformers-native classes): images become square tiles of a fixed number of tokens each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+
+class InternVL:
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    think_tag: ClassVar[str] = "think"
+    vision_modules: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+
+    def process_images(
+        self, image_processor: Any, images: Sequence[Image.Image], config: Any
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        if not images:
+            return {}, []
+        features = image_processor(images=list(images), return_tensors="pt")
+        tiles = torch.as_tensor(features["num_patches"]).tolist()
+        return {"pixel_values": features["pixel_values"]}, [n * config.image_seq_length for n in tiles]
+
+    def placeholder(self, num_tokens: int) -> tuple[str, str]:
+        return "<IMG_CONTEXT>", f"<img>{'<IMG_CONTEXT>' * num_tokens}</img>"
+
+    def forward_inputs(self, token_type_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}

@@ -1,0 +1,44 @@
+"""The Qwen vision-language families: Qwen2.5-VL and Qwen3-VL.
+
+Images of any size become patches; a `merge_size` x `merge_size` block of patches is one image token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+
+class QwenVL:
+    """What both families share."""
+
+    vision_modules: ClassVar[tuple[str, ...]] = ("visual",)
+
+    def process_images(
+        self, image_processor: Any, images: Sequence[Image.Image], config: Any
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        if not images:
+            return {}, []
+        features = image_processor(images=list(images), return_tensors="pt")
+        grid = features["image_grid_thw"]
+        counts = (grid.prod(dim=1) // image_processor.merge_size**2).tolist()
+        return {"pixel_values": features["pixel_values"], "image_grid_thw": grid}, counts
+
+    def placeholder(self, num_tokens: int) -> tuple[str, str]:
+        return "<|image_pad|>", "<|image_pad|>" * num_tokens
+
+    def forward_inputs(self, token_type_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mm_token_type_ids": token_type_ids}
+
+
+class Qwen25VL(QwenVL):
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    think_tag: ClassVar[str] = "think"
+
+
+class Qwen3VL(QwenVL):
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+    think_tag: ClassVar[str] = "thinking"

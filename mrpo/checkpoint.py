@@ -1,0 +1,119 @@
+"""Checkpoints that are either whole or absent, kept by count.
+
+A checkpoint is written to a hidden folder, flushed to disk, and renamed into place by the main process once every
+process has written its part. What a killed run leaves half written is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mrpo.config import CheckpointConfig
+from mrpo.errors import UserError
+from mrpo.runtime import Runtime
+
+_PARTIAL = ".partial-"
+_STATE = "trainer_state.json"
+_TAG = "deepspeed"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a run is besides model and optimizer: everything else follows from the config and the step.
+
+    `step` counts finished rollout steps; `score` is what `keep_best` ranks by; `world_size` the number of processes.
+    """
+
+    step: int
+    score: float
+    world_size: int
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `folder`."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, runtime: Runtime) -> None:
+        self._folder = folder
+        self._config = config
+        self._runtime = runtime
+        if runtime.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(leftover)
+        runtime.barrier()
+
+    def save(self, engine: Any, state: TrainerState) -> Path:
+        """Writes a checkpoint of `engine` and `state`. Every process must call this."""
+        final = self._folder / f"step-{state.step:06d}"
+        if final.exists():
+            return final
+        partial = self._folder / f"{_PARTIAL}{final.name}"
+        engine.save_checkpoint(str(partial), tag=_TAG)
+        self._runtime.barrier()
+        if self._runtime.is_main:
+            (partial / _STATE).write_text(json.dumps(asdict(state)))
+            _flush(partial)
+            partial.rename(final)
+            _flush_folder(self._folder)
+            self._prune()
+        self._runtime.barrier()
+        return final
+
+    def load_latest(self, engine: Any) -> TrainerState | None:
+        """Restores the newest checkpoint into `engine`; None if there is none.
+
+        Raises:
+            UserError: the checkpoint was written by another number of processes.
+        """
+        found = checkpoints(self._folder)
+        if not found:
+            return None
+        path, state = found[-1]
+        if state.world_size != self._runtime.world_size:
+            raise UserError(
+                f"{path} was written by {state.world_size} processes and cannot be continued by "
+                f"{self._runtime.world_size}; start the same number"
+            )
+        engine.load_checkpoint(str(path), tag=_TAG)
+        return state
+
+    def _prune(self) -> None:
+        found = checkpoints(self._folder)
+        newest = found[-self._config.keep_last :]
+        best = sorted(found, key=lambda item: (item[1].score, item[1].step))[len(found) - self._config.keep_best :]
+        kept = {path for path, _ in newest + best}
+        for path, _ in found:
+            if path not in kept:
+                # Renamed first: a kill in the middle of the removal must not leave a checkpoint that looks whole.
+                doomed = path.with_name(f"{_PARTIAL}{path.name}")
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def checkpoints(folder: Path) -> list[tuple[Path, TrainerState]]:
+    """The whole checkpoints in `folder`, oldest first."""
+    paths = sorted(folder.glob("step-*")) if folder.is_dir() else []
+    return [(path, TrainerState(**json.loads((path / _STATE).read_text()))) for path in paths]
+
+
+def _flush(folder: Path) -> None:
+    """Forces every file and folder below `folder` to disk, so that the rename cannot outrun the data."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _flush_folder(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

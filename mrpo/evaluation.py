@@ -1,0 +1,68 @@
+"""Greedy evaluation of the current policy on held-out questions, shared out over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mrpo.backbones import Processor
+from mrpo.config import Config
+from mrpo.records import EvaluatedSample, Example, ScoredCompletion, Verdict
+from mrpo.rollout import RolloutEngine, SamplingParams
+from mrpo.runtime import Runtime
+from mrpo.samples import sample_record
+from mrpo.scoring import Scorer, make_groups
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome on every question, in the order of the data set, and a few completions to read."""
+
+    samples: list[EvaluatedSample]
+    shown: list[dict[str, Any]]
+
+
+def evaluate(
+    examples: Sequence[Example],
+    *,
+    config: Config,
+    runtime: Runtime,
+    processor: Processor,
+    engine: RolloutEngine,
+    scorer: Scorer,
+    progress: Callable[[int], None],
+) -> Evaluation:
+    """One greedy completion per question. Every process must call this; all get the whole outcome.
+
+    `progress` is told how many questions of all processes were finished since the last call.
+    """
+    mine = [examples[i] for i in range(runtime.rank, len(examples), runtime.world_size)]
+    params = SamplingParams(num_completions=1, max_tokens=config.rollout.max_tokens, temperature=0.0)
+    samples: list[EvaluatedSample] = []
+    shown: list[dict[str, Any]] = []
+    # Every process takes part in every round, with nothing to do in its last one perhaps: weights may be gathered.
+    per_round = config.rollout.batch_size * runtime.world_size
+    for first in range(0, len(examples), per_round):
+        part = mine[first // runtime.world_size :][: config.rollout.batch_size]
+        prompts = [processor.encode_prompt(example) for example in part]
+        scored = scorer.score(make_groups(part, prompts, engine.generate(prompts, params)))
+        samples += [_evaluated(example, item, config) for example, item in zip(part, scored, strict=True)]
+        shown += [sample_record(example, item) for example, item in zip(part, scored, strict=True)]
+        progress(min(per_round, len(examples) - first))
+    parts = runtime.gather_objects(samples)
+    ordered = [parts[i % runtime.world_size][i // runtime.world_size] for i in range(len(examples))]
+    return Evaluation(ordered, shown[: config.log.samples])
+
+
+def _evaluated(example: Example, item: ScoredCompletion, config: Config) -> EvaluatedSample:
+    rewards, weights = item.rewards, config.reward
+    return EvaluatedSample(
+        question_id=example.id,
+        correct=rewards.answer_parts["symbolic"] == 1.0,
+        validity=item.verdict.validity if isinstance(item.verdict, Verdict) else None,
+        reward=weights.answer_weight * rewards.answer
+        + weights.process_weight * (rewards.process or 0.0)
+        + weights.length_weight * rewards.length,
+        greedy=True,
+    )

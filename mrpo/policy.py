@@ -1,0 +1,233 @@
+"""The trained model under DeepSpeed: log-probabilities, the clipped loss, optimizer steps, whole weights on demand.
+
+Head and loss run inside the module's own forward, so that ZeRO-3 gathers the head's weight where it is used. The
+caller gives each token's weight so that the sum over all tokens of all processes is the loss; DeepSpeed averages
+gradients over processes, hence the factor `world_size`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from mrpo.backbones import Processor
+from mrpo.batching import DenseBatch, Row, collate
+from mrpo.config import Config, LossConfig
+from mrpo.kernels import PolicyLoss, policy_loss
+from mrpo.runtime import Runtime
+
+
+class PolicyModule(nn.Module):
+    """A Hugging Face vision-language model with its head applied to completion tokens only."""
+
+    def __init__(self, model: Any, config: LossConfig, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self._config = config
+        self._temperature = temperature
+
+    def forward(self, batch: DenseBatch, entropy: bool = False) -> tuple[torch.Tensor, PolicyLoss]:
+        """The summed loss of the batch's N tokens (a scalar) and the per-token quantities, detached."""
+        hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden.flatten(0, 1)[batch.predicting])
+        result = policy_loss(
+            logits,
+            batch.targets,
+            advantages=batch.advantages,
+            weights=batch.weights,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            epsilon_low=self._config.epsilon_low,
+            epsilon_high=self._config.epsilon_high,
+            beta=self._config.beta if batch.ref_logprobs is not None else 0.0,
+            temperature=self._temperature,
+            with_entropy=entropy,
+        )
+        return result.loss, result
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Sums over this process's tokens in one update, and the gradient norm of all.
+
+    `sums` is float64 of loss, nll (both weighted), kl, clipped low, clipped high, entropy, tokens.
+    """
+
+    sums: torch.Tensor
+    grad_norm: float
+
+
+STAT_NAMES = ("loss", "nll", "kl", "clip/low", "clip/high", "entropy", "tokens")
+
+
+class Policy:
+    """The model, its DeepSpeed engine and, if the loss has a KL term, the frozen reference."""
+
+    def __init__(self, model: Any, processor: Processor, config: Config, runtime: Runtime) -> None:
+        self._config = config
+        self._runtime = runtime
+        self.processor = processor
+        module = PolicyModule(model, config.loss, config.rollout.temperature)
+        needs_reference = config.algorithm != "sft" and config.loss.beta > 0
+        self._reference = self._make_reference(module) if needs_reference else None
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optim = config.optim
+        optimizer = torch.optim.AdamW(
+            parameters, lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
+        )
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, model_parameters=parameters, config=deepspeed_config(config)
+        )
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model that is trained."""
+        return self.engine.module.model
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """A context in which every parameter is whole on every process."""
+        if self._config.deepspeed.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(list(self.engine.module.parameters()))
+
+    def with_logprobs(self, rows: Sequence[Row], *, old: bool) -> list[Row]:
+        """`rows` with the reference's log-probabilities if there is one and, if asked, the policy's as the old ones."""
+        if old:
+            logprobs = self._logprobs(self.engine, rows)
+            rows = [replace(row, old_logprobs=values) for row, values in zip(rows, logprobs, strict=True)]
+        if self._reference is not None:
+            logprobs = self._logprobs(self._reference, rows)
+            rows = [replace(row, ref_logprobs=values) for row, values in zip(rows, logprobs, strict=True)]
+        return list(rows)
+
+    def update(self, rows: Sequence[Row], lr: float) -> UpdateStats:
+        """One optimizer step on `rows`, in micro-batches. Every process must bring the same number of rows.
+
+        Raises:
+            NonFiniteLossError: a micro-batch's loss is not finite on any process; no weight has changed.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        chunks = self._micro_batches(rows)
+        sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64)
+        for i, chunk in enumerate(chunks):
+            self.engine.set_gradient_accumulation_boundary(i == len(chunks) - 1)
+            loss, result = self.engine(self._collate(chunk), entropy=True)
+            self._require_finite(loss, chunk)
+            sums += _stat_sums(result, chunk)
+            self.engine.backward(loss * self._runtime.world_size)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return UpdateStats(sums, float(norm) if norm is not None else float("nan"))
+
+    def export(self, folder: str) -> None:
+        """Writes model, tokenizer and image processor in Hugging Face format. Every process must call this."""
+        with self.whole_weights():
+            if self._runtime.is_main:
+                self.model.save_pretrained(folder)
+                self.processor.tokenizer.save_pretrained(folder)
+                self.processor.image_processor.save_pretrained(folder)
+        self._runtime.barrier()
+
+    def _make_reference(self, module: PolicyModule) -> Any:
+        """A frozen copy of the start policy, sharded like the policy under ZeRO-3."""
+        frozen = copy.deepcopy(module).requires_grad_(False).eval()
+        if self._config.deepspeed.zero_stage < 3:
+            return frozen.to(self._runtime.device)
+        engine, *_ = deepspeed.initialize(model=frozen, config=reference_config(self._config))
+        return engine
+
+    def _logprobs(self, module: Any, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """(T,) log-probabilities of each row's completion tokens under `module`, without gradients."""
+        logprobs: list[torch.Tensor] = []
+        with torch.no_grad():
+            for chunk in self._micro_batches(rows):
+                bare = [replace(row, old_logprobs=None, ref_logprobs=None) for row in chunk]
+                _, result = module(self._collate(bare))
+                logprobs += result.logprobs.cpu().split([len(row.token_ids) for row in chunk])
+        return logprobs
+
+    def _micro_batches(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        size = self._config.optim.micro_batch_size
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def _collate(self, rows: Sequence[Row]) -> DenseBatch:
+        return collate(rows, self.processor, self._runtime.device, getattr(torch, self._config.model.dtype))
+
+    def _require_finite(self, loss: torch.Tensor, chunk: Sequence[Row]) -> None:
+        if self._runtime.any(not bool(torch.isfinite(loss.detach()))):
+            raise NonFiniteLossError(list(chunk))
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite. `rows` are the inputs of this process's micro-batch."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__("the loss is not finite")
+        self.rows = rows
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed configuration that follows from the typed one.
+
+    Micro-batches are counted by the trainer, which sets accumulation boundaries itself, so DeepSpeed's own
+    accumulation stays at 1.
+    """
+    stage = config.deepspeed.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if config.deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.deepspeed.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.optim.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        # Client optimizers are fine with every stage; offloading would otherwise insist on DeepSpeed's compiled one.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+    }
+    return _merge(derived, config.deepspeed.extra)
+
+
+def reference_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's configuration of the frozen reference: ZeRO-3 without an optimizer."""
+    policy = deepspeed_config(config)
+    zero = {k: v for k, v in policy["zero_optimization"].items() if k != "offload_optimizer"}
+    keys = ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")
+    return {**{key: policy[key] for key in keys}, "zero_optimization": zero}
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _stat_sums(result: PolicyLoss, chunk: Sequence[Row]) -> torch.Tensor:
+    """`UpdateStats.sums` of one micro-batch. What the clip cut is low or high by the sign of the advantage."""
+    weights = torch.cat([row.weights for row in chunk]).double()
+    rising = torch.cat([row.advantages for row in chunk]) > 0
+    clipped = result.clipped.cpu()
+    sums = {
+        "loss": result.loss.detach().double().cpu(),
+        "nll": -(result.logprobs.cpu().double() * weights).sum(),
+        "kl": result.kl.double().sum().cpu(),
+        "clip/low": (clipped & ~rising).double().sum(),
+        "clip/high": (clipped & rising).double().sum(),
+        "entropy": torch.zeros(()) if result.entropy is None else result.entropy.double().sum().cpu(),
+        "tokens": (weights > 0).double().sum(),
+    }
+    return torch.stack([sums[name].double() for name in STAT_NAMES])

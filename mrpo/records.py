@@ -1,0 +1,162 @@
+"""The nouns that flow through a training step: Example -> Group of Completions -> ScoredCompletion.
+
+They are frozen: a stage makes a new record and never edits one that another stage made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about zero or more images.
+
+    `images` are paths or decoded pictures, `rationale` is the gold reasoning or None, and `metadata` holds what only
+    some data sets know (the scene of a phantom image, the organ of a radiology image).
+    """
+
+    id: str
+    images: tuple[Path | Image.Image, ...]
+    question: str
+    answer: str
+    rationale: str | None
+    split: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def load_images(self) -> list[Image.Image]:
+        """The images as RGB pictures.
+
+        Raises:
+            OSError: a file is missing or is not an image.
+        """
+        return [_open_rgb(image) for image in self.images]
+
+
+def _open_rgb(image: Path | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    with Image.open(image) as opened:
+        return opened.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reasoning step: a sentence of the think block and the half-open token span [start, end) that writes it."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `token_ids` are the sampler's own (never re-tokenised), the end token included."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class StepVerdict:
+    """The judge's two bits for one step; the step is valid if either is set."""
+
+    gold_alignment: bool
+    answer_contribution: bool
+    reason: str = ""
+
+    @property
+    def valid(self) -> bool:
+        return self.gold_alignment or self.answer_contribution
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's word on every step of one completion, in order."""
+
+    steps: tuple[StepVerdict, ...]
+
+    @property
+    def validity(self) -> tuple[bool, ...]:
+        return tuple(step.valid for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """The judge gave no usable verdict: the sample gets no process reward and no shaping, and is counted."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """What a judge sees of one completion: the example and the texts of its steps and answer. Data, never orders."""
+
+    example: Example
+    steps: tuple[str, ...]
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of one completion. `process` is None when the completion was not judged."""
+
+    answer: float
+    process: float | None
+    length: float
+    answer_parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoredCompletion:
+    """A completion with its steps, verdict and rewards."""
+
+    completion: Completion
+    answer: str | None
+    steps: tuple[Step, ...]
+    verdict: Verdict | Unjudged
+    rewards: Rewards
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt ready for a model: token ids with image tokens expanded, and the image tensors of its family.
+
+    input_ids: (T,) int64; token_type_ids: (T,) int64, 1 at image tokens; images: the vision tower's inputs, first
+    dimension over patches or tiles, so that prompts are batched by concatenation.
+    """
+
+    input_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    images: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its G completions."""
+
+    example: Example
+    prompt: EncodedPrompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class EvaluatedSample:
+    """What an evaluation keeps of one completion.
+
+    `correct` is answer accuracy, `validity` the judge's word on each step in order (None: not judged), `reward` the
+    summed reward, `greedy` tells the one greedy completion of a question from its sampled ones.
+    """
+
+    question_id: str
+    correct: bool
+    validity: tuple[bool, ...] | None
+    reward: float
+    greedy: bool

@@ -1,0 +1,266 @@
+"""A training run from its arguments to its last table: everything is checked before weights are loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mrpo.backbones import Processor, load_model, load_processor
+from mrpo.checkpoint import CheckpointStore
+from mrpo.config import Config
+from mrpo.data import load_dataset
+from mrpo.data.order import steps_for
+from mrpo.errors import UserError
+from mrpo.evaluation import Evaluation, evaluate
+from mrpo.help import config_help
+from mrpo.judge import Judge, make_judge
+from mrpo.policy import Policy
+from mrpo.records import EvaluatedSample, Example
+from mrpo.report import draw_curves, draw_failures
+from mrpo.report.sample import render_sample
+from mrpo.report.table import before_after_table
+from mrpo.rollout.hf import HFEngine
+from mrpo.runtime import Runtime
+from mrpo.scoring import Scorer
+from mrpo.settings import load_config, to_yaml
+from mrpo.telemetry import RunLog
+from mrpo.trainer import Trainer
+
+EXIT_USER_ERROR = 2
+EXIT_TERMINATED = 128 + signal.SIGTERM
+# Fields that may change when a run is continued: they do not touch what it computes.
+_MAY_CHANGE = ("output_dir", "checkpoint", "log", "eval", "optim.steps", "optim.epochs", "optim.micro_batch_size")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs besides weights; all of it was checked."""
+
+    processor: Processor
+    judge: Judge
+    train_set: Sequence[Example]
+    eval_set: Sequence[Example]
+    total_steps: int
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs and ends the process: status 0 when done, 2 for bad input, 143 when SIGTERM led to a checkpoint."""
+    options = parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        _check_output(config, options)
+        inputs = load_inputs(config)
+        runtime = Runtime.start(config.seed)
+        status = train(config, inputs, runtime, resume=options.resume, overwrite=options.overwrite)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Other processes may wait in a collective; the launcher ends them when this one is gone.
+        os._exit(EXIT_USER_ERROR)
+    runtime.finish(status)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Command line: options, and `key=value` overrides anywhere among them."""
+    parser = argparse.ArgumentParser(
+        prog="deepspeed mrpo/train.py",
+        description="Train a vision-language model to reason with MRPO, GRPO, GDPO or SFT.",
+        epilog=config_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; the command line wins over it")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration fields, listed below")
+    return parser.parse_intermixed_args(arguments)
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Loads and checks everything but the weights.
+
+    Raises:
+        UserError: names what is wrong with the model folder, the data, the judge or the batch.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    per_prompt = 1 if config.algorithm == "sft" else config.rollout.group_size
+    prompts_per_step = config.optim.batch_size // per_prompt
+    if prompts_per_step % world_size:
+        raise UserError(
+            f"optim.batch_size={config.optim.batch_size} makes {prompts_per_step} prompts a step, which "
+            f"{world_size} processes cannot share evenly; use a multiple of {per_prompt * world_size}"
+        )
+    processor = load_processor(config)
+    judge = make_judge(config.judge, config.data.name)
+    train_set, eval_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    for example in (train_set[0], eval_set[0]):
+        processor.encode_prompt(example)
+    steps = config.optim.steps or steps_for(len(train_set), prompts_per_step, config.optim.epochs)
+    return Inputs(processor, judge, train_set, eval_set, steps)
+
+
+def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, overwrite: bool) -> int:
+    """The whole run; returns the exit status."""
+    _prepare_output(config, runtime, resume=resume, overwrite=overwrite)
+    stop = _StopOnSigterm()
+    processor = inputs.processor
+    policy = Policy(load_model(config.model), processor, config, runtime)
+    engine = HFEngine(
+        policy.model, processor, batch_size=config.rollout.batch_size, weights=policy.whole_weights
+    )
+    scorer = Scorer(config, inputs.judge, processor.tokenizer, processor.think_tag)
+    store = CheckpointStore(config.output_dir / "checkpoints", config.checkpoint, runtime)
+    state = store.load_latest(policy.engine) if resume else None
+    start_step = state.step if state else 0
+    with RunLog(
+        config.output_dir,
+        config.log,
+        total_steps=inputs.total_steps,
+        is_main=runtime.is_main,
+        resume_step=start_step if resume else None,
+        title=f"{config.algorithm} · {config.model.path} · {config.data.name}",
+    ) as log:
+
+        def measure(name: str) -> Evaluation:
+            with log.stage(f"evaluating ({name})", len(inputs.eval_set)) as stage:
+                return evaluate(
+                    inputs.eval_set,
+                    config=config,
+                    runtime=runtime,
+                    processor=processor,
+                    engine=engine,
+                    scorer=scorer,
+                    progress=stage.advance,
+                )
+
+        before = _evaluate_start(config, runtime, measure, start_step)
+        trainer = Trainer(
+            config=config,
+            runtime=runtime,
+            policy=policy,
+            engine=engine,
+            scorer=scorer,
+            train_set=inputs.train_set,
+            checkpoints=store,
+            log=log,
+            total_steps=inputs.total_steps,
+            stop_requested=lambda: stop.requested,
+        )
+        if not trainer.run(start_step):
+            log.message(f"SIGTERM: saved; continue with --resume output_dir={config.output_dir}")
+            return EXIT_TERMINATED
+        after = measure("after") if config.eval.at_end else None
+        if config.checkpoint.export:
+            policy.export(str(config.output_dir / "policy"))
+        if runtime.is_main:
+            _report(config, log, before, after)
+    return 0
+
+
+class _StopOnSigterm:
+    """Remembers a SIGTERM, so that the step under way can end and be saved."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+
+def _check_output(config: Config, options: argparse.Namespace) -> None:
+    """Refuses to mix runs: an existing one is continued with --resume or replaced with --overwrite."""
+    stored = config.output_dir / "config.yaml"
+    if not stored.is_file():
+        if config.output_dir.is_dir() and any(config.output_dir.iterdir()) and not options.resume:
+            raise UserError(f"output_dir={config.output_dir} is not empty and holds no run; name another folder")
+        if options.resume:
+            raise UserError(f"output_dir={config.output_dir} holds no run to resume ({stored} is missing)")
+    elif options.resume:
+        _check_same(config, load_config(stored, []), stored)
+    elif not options.overwrite:
+        raise UserError(
+            f"output_dir={config.output_dir} already holds a run; add --resume to continue it, --overwrite to "
+            "replace it, or name another output_dir"
+        )
+
+
+def _check_same(config: Config, stored: Config, path: Path) -> None:
+    now, then = _flat(config.model_dump(mode="json")), _flat(stored.model_dump(mode="json"))
+    differing = [
+        f"{key}={now.get(key)} (was {then.get(key)})"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if differing:
+        raise UserError(f"--resume with another configuration than {path}: {', '.join(differing)}")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _prepare_output(config: Config, runtime: Runtime, *, resume: bool, overwrite: bool) -> None:
+    if runtime.is_main:
+        if overwrite and (config.output_dir / "config.yaml").is_file():
+            shutil.rmtree(config.output_dir)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        (config.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    runtime.barrier()
+
+
+def _evaluate_start(config: Config, runtime: Runtime, measure, start_step: int) -> list[EvaluatedSample] | None:
+    """The evaluation of the start policy; a continued run reads what it wrote, as the start policy is gone."""
+    path = config.output_dir / "evaluation-before.json"
+    if start_step > 0:
+        return _read_evaluation(path) if path.is_file() else None
+    if not config.eval.at_start:
+        return None
+    samples = measure("before").samples
+    if runtime.is_main:
+        _write_evaluation(path, samples)
+    return samples
+
+
+def _report(config: Config, log: RunLog, before: list[EvaluatedSample] | None, after: Evaluation | None) -> None:
+    """Files and tables that end a run."""
+    folder = config.output_dir
+    if after is not None:
+        _write_evaluation(folder / "evaluation-after.json", after.samples)
+        for sample in after.shown:
+            log.message(render_sample(sample))
+    if before is not None and after is not None:
+        table = before_after_table(before, after.samples)
+        table.write(folder)
+        log.message(table.to_rich())
+    if config.log.plots:
+        draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+        evaluations = {"before": before, "after": after.samples if after else None}
+        present = {name: samples for name, samples in evaluations.items() if samples}
+        if present:
+            draw_failures(present, folder / "failures.png")
+    log.message(f"wrote {folder}")
+
+
+def _write_evaluation(path: Path, samples: Sequence[EvaluatedSample]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([asdict(sample) for sample in samples]), encoding="utf-8")
+    partial.rename(path)
+
+
+def _read_evaluation(path: Path) -> list[EvaluatedSample]:
+    records = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        EvaluatedSample(**{**r, "validity": None if r["validity"] is None else tuple(r["validity"])}) for r in records
+    ]

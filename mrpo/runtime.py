@@ -1,0 +1,85 @@
+"""The processes of a run: rank, device, and the few collectives that the trainer needs.
+
+Everything that crosses processes goes through here, so that the rest of the code reads as if there were one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of `world_size`. Made by `Runtime.start`, ended by `finish`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, seed: int) -> Runtime:
+        """Joins the process group that the DeepSpeed launcher describes in the environment (alone if there is none)."""
+        for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            os.environ.setdefault(key, value)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        accelerator = get_accelerator()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        accelerator.set_device(local_rank)
+        # Ranks may wait for each other while one of them reads data or retries a judge.
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.device_name(local_rank)))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, c) rows of every process as one (world_size * n, c) tensor, in rank order; n is the same everywhere."""
+        parts = [torch.empty_like(rows, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows.to(self.device))
+        return torch.cat(parts).to(rows.device)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """`item` of every process, in rank order. For rare and small things."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over processes."""
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process."""
+        return bool(self.sum(torch.tensor([float(flag)])).item())
+
+    def finish(self, status: int = 0) -> None:
+        """Leaves the process group and ends the process with `status`.
+
+        ZeRO-3's communication threads can abort an interpreter that shuts down in the ordinary way, hence `_exit`.
+        """
+        if status == 0:
+            dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

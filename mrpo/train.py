@@ -1,0 +1,15 @@
+"""`deepspeed mrpo/train.py [--config FILE] [--resume] [key=value …]`: trains a policy and reports what changed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The launcher puts this file's folder first on the path, where our modules would hide other packages' names.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (_HERE, _HERE.parent)]
+
+from mrpo.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mrpo.kernels import dispatch, policy_loss
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dispatch, "extension", lambda: None)
+    dispatch._warn_not_built.cache_clear()
+    yield
+    dispatch._warn_not_built.cache_clear()
+
+
+def tiny_loss(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    one = torch.ones(2, dtype=dtype)
+    return policy_loss(torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 2]), advantages=one, weights=one).loss
+
+
+def test_the_table_chooses_by_device_and_dtype() -> None:
+    assert dispatch.extension() is not None
+    assert dispatch.implementation_of("policy_loss", CPU, torch.float32) == "cpp"
+    assert dispatch.implementation_of("policy_loss", CPU, torch.bfloat16) == "cpp"
+    assert dispatch.implementation_of("policy_loss", CPU, torch.float64) == "reference"
+    assert dispatch.implementation_of("policy_loss", torch.device("cuda"), torch.float32) == "reference"
+
+
+def test_use_overrides_the_table_and_ends_with_its_block() -> None:
+    with dispatch.use("reference"):
+        assert dispatch.implementation_of("policy_loss", CPU, torch.float32) == "reference"
+    assert dispatch.implementation_of("policy_loss", CPU, torch.float32) == "cpp"
+
+
+def test_a_forced_implementation_that_does_not_fit_raises() -> None:
+    with dispatch.use("cpp"), pytest.raises(RuntimeError, match=r"'cpp' does not serve torch\.float64"):
+        tiny_loss(torch.float64)
+    with dispatch.use("quantum"), pytest.raises(RuntimeError, match="'quantum'"):
+        tiny_loss()
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_without_the_extension_the_reference_runs_and_warns_once() -> None:
+    with pytest.warns(RuntimeWarning, match=r"mrpo\._C is not built") as caught:
+        assert tiny_loss().item() == -2.0
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiny_loss().item() == -2.0
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_without_the_extension_it_cannot_be_forced() -> None:
+    with dispatch.use("cpp"), pytest.raises(RuntimeError, match="not built"):
+        tiny_loss()
+
+
+def test_the_folder_imports_on_its_own_and_only_torch() -> None:
+    """From the repository's root the folder is importable as `kernels` too; it must not drag in the trainer's stack."""
+    program = (
+        "import sys, kernels; kernels.policy_loss; assert not hasattr(kernels, '__version__');"
+        "print([name for name in ('mrpo', 'transformers', 'deepspeed', 'pydantic') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from mrpo.kernels import PolicyLoss, policy_loss
+from mrpo.kernels.dispatch import extension, use
+
+needs_cpp = pytest.mark.skipif(extension() is None, reason="mrpo._C is not built")
+IMPLEMENTATIONS = [pytest.param("cpp", marks=needs_cpp), "reference"]
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one loss."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    old_logprobs: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+
+
+def random_case(rows: int, vocab: int, *, seed: int = 0, spread: float = 2.0) -> Case:
+    """fp32 values; old log-probabilities near enough the current ones that some ratios are clipped and some are not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    logits = spread * normal(rows, vocab)
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return Case(
+        logits=logits,
+        targets=targets,
+        advantages=normal(rows),
+        weights=torch.rand(rows, generator=generator) / rows,
+        old_logprobs=logprobs + 0.3 * normal(rows),
+        ref_logprobs=logprobs + 0.3 * normal(rows),
+    )
+
+
+def run(case: Case, implementation: str, dtype: torch.dtype, **options: Any) -> tuple[PolicyLoss, torch.Tensor]:
+    """The loss and the gradient of the logits."""
+
+    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    logits = case.logits.to(dtype).detach().clone().requires_grad_()
+    with use(implementation):
+        result = policy_loss(
+            logits,
+            case.targets,
+            advantages=case.advantages.to(dtype),
+            weights=case.weights.to(dtype),
+            old_logprobs=cast(case.old_logprobs),
+            ref_logprobs=cast(case.ref_logprobs),
+            **options,
+        )
+    result.loss.backward()
+    assert logits.grad is not None
+    return result, logits.grad
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@both
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 0.04, "temperature": 0.7, "epsilon_low": 0.1, "epsilon_high": 0.3, "with_entropy": True},
+        {"beta": 1.0, "temperature": 1.5, "with_entropy": True},
+    ],
+)
+@pytest.mark.parametrize(("rows", "vocab"), [(3, 1), (40, 2), (40, 7), (33, 257), (20, 1021), (9, 2053), (2, 151_936)])
+def test_fp32_is_within_1e5_of_fp64(implementation: str, rows: int, vocab: int, options: dict[str, Any]) -> None:
+    if implementation == "reference" and vocab > 10_000:
+        pytest.skip("eager fp32 sums are not that exact")
+    case = random_case(rows, vocab, seed=vocab)
+    truth, true_gradient = run(case, "reference", torch.float64, **options)
+    result, gradient = run(case, implementation, torch.float32, **options)
+    assert result.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5, abs=1e-6)
+    assert torch.equal(result.clipped, truth.clipped)
+    torch.testing.assert_close(result.kl.double(), truth.kl, rtol=1e-4, atol=1e-6)
+    if vocab > 1:  # else every probability is 1 and both sides are 0
+        assert relative_error(result.logprobs, truth.logprobs) < 1e-5
+        assert relative_error(gradient, true_gradient) < 1e-5
+    if truth.entropy is not None:
+        assert result.entropy is not None
+        torch.testing.assert_close(result.entropy.double(), truth.entropy, rtol=1e-5, atol=1e-5)
+    assert gradient.isfinite().all()
+
+
+def test_reference_is_the_formula() -> None:
+    case = random_case(25, 11)
+    options = {"beta": 0.2, "temperature": 0.8, "epsilon_low": 0.1, "epsilon_high": 0.3, "with_entropy": True}
+    result, _ = run(case, "reference", torch.float64, **options)
+    assert case.old_logprobs is not None
+    assert case.ref_logprobs is not None
+    total = 0.0
+    for n, (row, advantage) in enumerate(zip(case.logits.tolist(), case.advantages.tolist(), strict=True)):
+        exponentials = [math.exp(x / 0.8) for x in row]
+        probabilities = [e / sum(exponentials) for e in exponentials]
+        logprob = math.log(probabilities[int(case.targets[n])])
+        ratio = math.exp(logprob - case.old_logprobs[n].item())
+        surrogate = min(ratio * advantage, min(max(ratio, 0.9), 1.3) * advantage)
+        d = case.ref_logprobs[n].item() - logprob
+        kl = math.exp(d) - d - 1
+        total += case.weights[n].item() * (-surrogate + 0.2 * kl)
+        assert result.logprobs[n].item() == pytest.approx(logprob, rel=1e-12)
+        assert result.kl[n].item() == pytest.approx(kl, rel=1e-9)
+        assert bool(result.clipped[n]) == (surrogate != ratio * advantage)
+        assert result.entropy is not None
+        assert result.entropy[n].item() == pytest.approx(-sum(p * math.log(p) for p in probabilities), rel=1e-12)
+    assert result.loss.item() == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("with_old", [True, False])
+def test_gradcheck_in_fp64(with_old: bool) -> None:
+    case = random_case(6, 5)
+    arguments = {name: tensor.double() for name, tensor in vars(case).items() if name not in ("logits", "targets")}
+    if with_old:
+
+        def loss(logits: torch.Tensor) -> torch.Tensor:
+            return policy_loss(logits, case.targets, **arguments, beta=0.1, temperature=0.9).loss
+
+        assert torch.autograd.gradcheck(loss, case.logits.double().requires_grad_())
+    else:
+        # Finite differences see a constant where ratio = exp(logp - logp.detach()): compare with -A logp, its gradient.
+        del arguments["old_logprobs"]
+        logits = case.logits.double().requires_grad_()
+        (gradient,) = torch.autograd.grad(policy_loss(logits, case.targets, **arguments).loss, logits)
+        logprobs = logits.log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
+        (expected,) = torch.autograd.grad(-(arguments["weights"] * arguments["advantages"] * logprobs).sum(), logits)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+
+
+@both
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "clipped"),
+    [
+        (2.0, 1.5, -2.6, True),  # above 1 + epsilon_high
+        (2.0, 0.5, -1.0, False),
+        (2.0, 1.2, -2.4, False),
+        (-2.0, 1.5, 3.0, False),
+        (-2.0, 0.5, 1.6, True),  # below 1 - epsilon_low
+        (-2.0, 0.9, 1.8, False),
+        (0.0, 1.5, 0.0, False),
+    ],
+)
+def test_clip_by_hand(implementation: str, advantage: float, ratio: float, loss: float, clipped: bool) -> None:
+    logprob = math.log(0.5)
+    case = Case(
+        logits=torch.zeros(1, 2),
+        targets=torch.tensor([0]),
+        advantages=torch.tensor([advantage]),
+        weights=torch.ones(1),
+        old_logprobs=torch.tensor([logprob - math.log(ratio)]),
+        ref_logprobs=None,
+    )
+    result, gradient = run(case, implementation, torch.float32, epsilon_low=0.2, epsilon_high=0.3)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-6)
+    assert bool(result.clipped[0]) == clipped
+    slope = 0.0 if clipped else -advantage * ratio * 0.5  # d logprob / d logits = (1/2, -1/2)
+    assert gradient[0].tolist() == pytest.approx([slope, -slope], rel=1e-6)
+
+
+@both
+def test_without_old_logprobs_the_ratio_is_one(implementation: str) -> None:
+    case = replace(random_case(12, 31), old_logprobs=None, ref_logprobs=None)
+    result, gradient = run(case, implementation, torch.float32)
+    coefficient = -(case.weights * case.advantages).double()
+    onehot = torch.nn.functional.one_hot(case.targets, 31)
+    expected = coefficient[:, None] * (onehot - case.logits.double().softmax(-1))
+    assert result.loss.item() == pytest.approx(coefficient.sum().item(), rel=1e-5)
+    assert relative_error(gradient, expected) < 1e-6
+    assert not result.clipped.any()
+    assert not result.kl.any()
+
+
+@both
+@pytest.mark.parametrize(("advantage", "loss"), [(1.0, -1.2), (0.0, 0.0)])
+def test_a_ratio_that_overflows_is_clipped(implementation: str, advantage: float, loss: float) -> None:
+    case = replace(random_case(1, 9), advantages=torch.tensor([advantage]), weights=torch.ones(1), ref_logprobs=None)
+    result, gradient = run(replace(case, old_logprobs=torch.tensor([-1000.0])), implementation, torch.float32)
+    assert result.loss.item() == pytest.approx(loss)
+    assert torch.equal(gradient, torch.zeros(1, 9))
+
+
+@both
+def test_huge_logits(implementation: str) -> None:
+    case = random_case(30, 101, spread=1.0)
+    case = replace(case, logits=case.logits + 1e4 * torch.randint(-1, 2, (30, 101)), old_logprobs=None)
+    logprobs = case.logits.double().log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
+    case = replace(case, ref_logprobs=(logprobs + 0.1).float())
+    truth, true_gradient = run(case, "reference", torch.float64, beta=0.1)
+    result, gradient = run(case, implementation, torch.float32, beta=0.1)
+    assert gradient.isfinite().all()
+    assert relative_error(result.logprobs, truth.logprobs) < 1e-5
+    # At |logprob| = 1e4 the KL's difference itself is known in fp32 to 1e-3 only.
+    assert relative_error(gradient, true_gradient) < 1e-3
+
+
+@both
+def test_forbidden_columns_have_no_part(implementation: str) -> None:
+    case = random_case(20, 40)
+    forbidden = torch.arange(40) % 3 == 1
+    case = replace(case, targets=case.targets // 3 * 3)
+    kept = (~forbidden).cumsum(0) - 1
+    smaller = replace(case, logits=case.logits[:, ~forbidden], targets=kept[case.targets])
+    truth, true_gradient = run(smaller, "reference", torch.float64, beta=0.1, with_entropy=True)
+    masked = replace(case, logits=case.logits.masked_fill(forbidden, -torch.inf))
+    result, gradient = run(masked, implementation, torch.float32, beta=0.1, with_entropy=True)
+    assert torch.equal(gradient[:, forbidden], torch.zeros(20, int(forbidden.sum())))
+    assert relative_error(gradient[:, ~forbidden], true_gradient) < 1e-5
+    assert result.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
+    assert result.entropy is not None
+    assert truth.entropy is not None
+    assert relative_error(result.entropy, truth.entropy) < 1e-5
+
+
+@needs_cpp
+def test_a_confident_policy_keeps_its_small_gradient() -> None:
+    logits = torch.zeros(1, 5000)
+    logits[0, 1234] = 27.0  # 1 - p is 1e-8: below fp32's resolution at 1
+    case = Case(logits, torch.tensor([1234]), torch.ones(1), torch.ones(1), None, None)
+    truth, true_gradient = run(case, "reference", torch.float64)
+    result, gradient = run(case, "cpp", torch.float32)
+    assert relative_error(result.logprobs, truth.logprobs) < 1e-5
+    assert relative_error(gradient, true_gradient) < 1e-5
+
+
+def poisoned(case: Case, rows: torch.Tensor) -> Case:
+    """Weight 0 and garbage in the given rows."""
+    assert case.old_logprobs is not None
+    assert case.ref_logprobs is not None
+    garbage = case.logits.masked_fill(rows[:, None], torch.nan)
+    garbage[rows.nonzero()[0], 0] = torch.inf
+    return replace(
+        case,
+        logits=garbage,
+        targets=case.targets.masked_fill(rows, -100),
+        advantages=case.advantages.masked_fill(rows, torch.nan),
+        weights=case.weights.masked_fill(rows, 0.0),
+        old_logprobs=case.old_logprobs.masked_fill(rows, -torch.inf),
+        ref_logprobs=case.ref_logprobs.masked_fill(rows, torch.nan),
+    )
+
+
+@both
+@pytest.mark.usefixtures("nan_filled_memory")
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_rows_of_weight_zero_give_zero_whatever_they_hold(implementation: str, share: float) -> None:
+    case = random_case(30, 37)
+    skipped = torch.arange(30) < 30 * share
+    options = {"beta": 0.1, "with_entropy": True}
+    result, gradient = run(poisoned(case, skipped), implementation, torch.float32, **options)
+    expected, expected_gradient = run(
+        replace(case, weights=case.weights.masked_fill(skipped, 0.0)), implementation, torch.float32, **options
+    )
+    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(gradient, expected_gradient)
+    assert result.entropy is not None
+    for output in (gradient, result.logprobs, result.clipped, result.kl, result.entropy):
+        assert not output[skipped].any()
+        assert output.isfinite().all()
+    if share == 1.0:
+        assert result.loss.item() == 0.0
+
+
+@both
+def test_no_rows(implementation: str) -> None:
+    result, gradient = run(random_case(0, 13), implementation, torch.float32, beta=0.1)
+    assert result.loss.item() == 0.0
+    assert gradient.shape == (0, 13)
+
+
+@both
+@pytest.mark.parametrize("column", [0, 5, 1500])
+def test_a_nan_logit_shows(implementation: str, column: int) -> None:
+    case = random_case(3, 2000)
+    case.logits[1, column] = torch.nan
+    result, gradient = run(case, implementation, torch.float32)
+    assert result.loss.isnan()
+    assert gradient[1].isnan().any()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+@needs_cpp
+def test_same_bits_on_repeat_and_with_any_number_of_threads() -> None:
+    case = random_case(50, 3001)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            runs.append(run(case, "cpp", torch.float32, beta=0.1, with_entropy=True))
+    finally:
+        torch.set_num_threads(threads)
+    first, first_gradient = runs[0]
+    for result, gradient in runs[1:]:
+        assert torch.equal(gradient, first_gradient)
+        assert torch.equal(result.loss, first.loss)
+        assert torch.equal(result.logprobs, first.logprobs)
+
+
+@both
+def test_upstream_gradient_is_honoured(implementation: str) -> None:
+    case = random_case(8, 17)
+    _, plain = run(case, implementation, torch.float32)
+    logits = case.logits.clone().requires_grad_()
+    with use(implementation):
+        arguments = {name: tensor for name, tensor in vars(case).items() if name not in ("logits", "targets")}
+        loss = policy_loss(logits * 2.0, case.targets, **arguments, temperature=2.0).loss
+    for _ in range(2):
+        (0.25 * loss).backward(retain_graph=True)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, plain * 2 * 0.25 * 2 / 2)
+
+
+@both
+def test_only_the_loss_carries_a_gradient(implementation: str) -> None:
+    result, _ = run(random_case(4, 17), implementation, torch.float32, beta=0.1, with_entropy=True)
+    assert result.entropy is not None
+    assert not any(output.requires_grad for output in (result.logprobs, result.clipped, result.kl, result.entropy))
+
+
+@both
+def test_without_recording_the_values_are_the_same(implementation: str) -> None:
+    case = random_case(8, 17)
+    expected, _ = run(case, implementation, torch.float32)
+    arguments = {name: tensor for name, tensor in vars(case).items() if name not in ("logits", "targets")}
+    with use(implementation), torch.no_grad():
+        result = policy_loss(case.logits.clone().requires_grad_(), case.targets, **arguments)
+    assert not result.loss.requires_grad
+    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(result.logprobs, expected.logprobs)
+
+
+@both
+@pytest.mark.parametrize("layout", ["every other column", "transposed", "slice of a row", "every other row"])
+def test_strided_logits(implementation: str, layout: str) -> None:
+    case = random_case(14, 19)
+    wide = torch.full((28, 38), torch.nan)
+    views = {
+        "every other column": wide[:14, ::2],
+        "transposed": wide[:19, :14].T,
+        "slice of a row": wide[:14, 7:26],
+        "every other row": wide[::2, :19],
+    }
+    strided = views[layout].copy_(case.logits)
+    assert not strided.is_contiguous()
+    expected, expected_gradient = run(case, implementation, torch.float32)
+    arguments = {
+        name: torch.stack([tensor, tensor], dim=1)[:, 0] for name, tensor in vars(case).items() if name != "logits"
+    }
+    targets = arguments.pop("targets")
+    leaf = strided.detach().requires_grad_()
+    with use(implementation):
+        result = policy_loss(leaf, targets, **arguments)
+    result.loss.backward()
+    assert torch.equal(result.loss, expected.loss)
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, expected_gradient)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_fp32(implementation: str, dtype: torch.dtype) -> None:
+    case = random_case(8, 41)
+    case = replace(case, logits=case.logits.to(dtype))
+    truth, true_gradient = run(case, "reference", torch.float64)
+    logits = case.logits.detach().clone().requires_grad_()
+    arguments = {name: tensor for name, tensor in vars(case).items() if name not in ("logits", "targets")}
+    with use(implementation):
+        result = policy_loss(logits, case.targets, **arguments)
+    result.loss.backward()
+    assert result.loss.dtype == torch.float32
+    assert relative_error(result.logprobs, truth.logprobs) < 1e-6
+    assert logits.grad is not None
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad, true_gradient.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("logits", torch.zeros(4), ValueError),
+        ("logits", torch.zeros(4, 0), ValueError),
+        ("logits", torch.zeros(4, 6, dtype=torch.int64), TypeError),
+        ("targets", torch.zeros(4), TypeError),
+        ("targets", torch.zeros(5, dtype=torch.int64), ValueError),
+        ("targets", torch.tensor([0, 1, 6, 2]), ValueError),
+        ("targets", torch.tensor([0, -1, 5, 2]), ValueError),
+        ("advantages", torch.zeros(4, 1), ValueError),
+        ("advantages", torch.zeros(4, device="meta"), ValueError),
+        ("weights", torch.ones(4, dtype=torch.bool), TypeError),
+        ("weights", torch.ones(4, requires_grad=True), ValueError),
+        ("old_logprobs", torch.zeros(3), ValueError),
+        ("ref_logprobs", [0.0] * 4, TypeError),
+        ("epsilon_low", 1.0, ValueError),
+        ("epsilon_low", -0.1, ValueError),
+        ("epsilon_high", float("nan"), ValueError),
+        ("beta", -1.0, ValueError),
+        ("temperature", 0.0, ValueError),
+    ],
+)
+def test_bad_argument_is_named(name: str, value: Any, error: type[Exception]) -> None:
+    arguments: dict[str, Any] = {**vars(random_case(4, 6)), name: value}
+    with pytest.raises(error, match=name):
+        policy_loss(**arguments)
+
+
+def test_a_kl_needs_its_reference() -> None:
+    case = replace(random_case(4, 6), ref_logprobs=None)
+    with pytest.raises(ValueError, match="ref_logprobs"):
+        policy_loss(**vars(case), beta=0.1)
+
+
+def test_the_row_of_a_wrong_target_is_named() -> None:
+    case = replace(random_case(3, 6), targets=torch.tensor([5, 0, 6]))
+    with pytest.raises(ValueError, match=r"targets\[2\] is 6"):
+        policy_loss(**vars(case))
