@@ -29,9 +29,8 @@ def advantages(config: Config, answer: torch.Tensor, process: torch.Tensor, leng
     weights = (config.reward.answer_weight, config.reward.process_weight, config.reward.length_weight)
     if config.algorithm == "gdpo":
         return gdpo_advantages(torch.stack((answer, process, length)), torch.tensor(weights))
-    total = sum(
-        weight * part for weight, part in zip(weights, (answer, fill_unjudged(process), length), strict=True)
-    )
+    parts = torch.stack((answer, fill_unjudged(process), length))
+    total = torch.einsum("n,npg->pg", torch.tensor(weights).to(parts), parts)
     return group_advantages(total, normalize=config.advantage.normalize)
 
 

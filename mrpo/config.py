@@ -53,7 +53,7 @@ class PromptConfig(Section):
     """How a question becomes a prompt."""
 
     instruction: str | None = Field(
-        None, description="Text after the question; default: think step by step in the think tag, then answer"
+        None, description="Text after the question; null: what the policy was trained with, or the method's"
     )
     max_tokens: Positive = Field(1024, description="Longest prompt, image tokens included; longer ones are refused")
 
@@ -64,7 +64,7 @@ class RolloutConfig(Section):
     engine: Literal["hf"] = Field("hf", description="Generation engine")
     group_size: int = Field(8, ge=1, description="Completions per prompt, G")
     temperature: float = Field(1.0, gt=0.0, description="Sampling temperature")
-    max_tokens: Positive = Field(512, description="Longest completion")
+    max_tokens: Positive = Field(128, description="Longest completion (paper: 512)")
     batch_size: Positive = Field(128, description="Completions generated at once per process")
     mask_truncated: bool = Field(False, description="Leave completions cut at the length limit out of the loss")
 

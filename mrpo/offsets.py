@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,7 +118,7 @@ def _prefix_spans(token_ids: Sequence[int], tokenizer: Any, text: str) -> TokenS
     def written(count: int) -> tuple[int, bool]:
         """How many characters the first `count` tokens have finished, and whether they have begun one more."""
         prefix = decode(token_ids[:count], tokenizer)
-        finished = len(commonprefix((prefix, text)))
+        finished = _shared_length(prefix, text)
         return finished, finished < len(prefix)
 
     def begin(i: int) -> int:
@@ -130,3 +129,11 @@ def _prefix_spans(token_ids: Sequence[int], tokenizer: Any, text: str) -> TokenS
         return max(finished + begun, begin(i) + 1)
 
     return TokenSpans(begin, end)
+
+
+def _shared_length(prefix: str, text: str) -> int:
+    """How many leading characters the two strings share."""
+    if text.startswith(prefix):
+        return len(prefix)
+    pairs = enumerate(zip(prefix, text, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(prefix), len(text)))

@@ -11,13 +11,15 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
-from mrpo.backbones import Processor
+from mrpo.backbones import Processor, write_prompt_style
 from mrpo.batching import DenseBatch, Row, collate
 from mrpo.config import Config, LossConfig
 from mrpo.kernels import PolicyLoss, policy_loss
@@ -123,9 +125,9 @@ class Policy:
             self._require_finite(loss, chunk)
             sums += _stat_sums(result, chunk)
             self.engine.backward(loss * self._runtime.world_size)
+        own_norm = self._plain_grad_norm()
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return UpdateStats(sums, float(norm) if norm is not None else float("nan"))
+        return UpdateStats(sums, float(self.engine.get_global_grad_norm() if own_norm is None else own_norm))
 
     def export(self, folder: str) -> None:
         """Writes model, tokenizer and image processor in Hugging Face format. Every process must call this."""
@@ -134,6 +136,7 @@ class Policy:
                 self.model.save_pretrained(folder)
                 self.processor.tokenizer.save_pretrained(folder)
                 self.processor.image_processor.save_pretrained(folder)
+                write_prompt_style(Path(folder), self.processor)
         self._runtime.barrier()
 
     def _make_reference(self, module: PolicyModule) -> Any:
@@ -153,6 +156,12 @@ class Policy:
                 _, result = module(self._collate(bare))
                 logprobs += result.logprobs.cpu().split([len(row.token_ids) for row in chunk])
         return logprobs
+
+    def _plain_grad_norm(self) -> torch.Tensor | None:
+        """The gradient norm before clipping where DeepSpeed keeps none: its plain fp32 engine (ZeRO 0)."""
+        if self._config.deepspeed.zero_stage > 0 or self._config.model.dtype != "float32":
+            return None
+        return get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
 
     def _micro_batches(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
         size = self._config.optim.micro_batch_size

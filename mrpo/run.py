@@ -30,7 +30,7 @@ from mrpo.rollout.hf import HFEngine
 from mrpo.runtime import Runtime
 from mrpo.scoring import Scorer
 from mrpo.settings import load_config, to_yaml
-from mrpo.telemetry import RunLog
+from mrpo.telemetry import RunLog, require_packages
 from mrpo.trainer import Trainer
 
 EXIT_USER_ERROR = 2
@@ -99,8 +99,11 @@ def load_inputs(config: Config) -> Inputs:
             f"{world_size} processes cannot share evenly; use a multiple of {per_prompt * world_size}"
         )
     processor = load_processor(config)
+    require_packages(config.log)
     judge = make_judge(config.judge, config.data.name)
     train_set, eval_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    if config.algorithm == "sft" and not train_set[0].rationale:
+        raise UserError(f"algorithm=sft imitates gold rationales, and data.name={config.data.name} has none")
     for example in (train_set[0], eval_set[0]):
         processor.encode_prompt(example)
     steps = config.optim.steps or steps_for(len(train_set), prompts_per_step, config.optim.epochs)
@@ -113,9 +116,7 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
     stop = _StopOnSigterm()
     processor = inputs.processor
     policy = Policy(load_model(config.model), processor, config, runtime)
-    engine = HFEngine(
-        policy.model, processor, batch_size=config.rollout.batch_size, weights=policy.whole_weights
-    )
+    engine = HFEngine(policy.model, processor, batch_size=config.rollout.batch_size, weights=policy.whole_weights)
     scorer = Scorer(config, inputs.judge, processor.tokenizer, processor.think_tag)
     store = CheckpointStore(config.output_dir / "checkpoints", config.checkpoint, runtime)
     state = store.load_latest(policy.engine) if resume else None

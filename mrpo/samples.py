@@ -9,9 +9,7 @@ import torch
 from mrpo.records import Example, ScoredCompletion, Verdict
 
 
-def sample_record(
-    example: Example, item: ScoredCompletion, advantages: torch.Tensor | None = None
-) -> dict[str, Any]:
+def sample_record(example: Example, item: ScoredCompletion, advantages: torch.Tensor | None = None) -> dict[str, Any]:
     """A JSON-able record; `advantages` (T,) are the shaped per-token advantages, of which each step shows its first."""
     judged = isinstance(item.verdict, Verdict)
     steps = []

@@ -26,7 +26,7 @@ ANSWER = "<answer>"
 _ANSWER_TEXT = re.compile(r"<answer>((?:(?!<answer>).)*?)(?:</answer>|\Z)", re.DOTALL)
 _UNFINISHED_TAG = re.compile(r"</?\w*\Z")
 _LABEL = re.compile(r"[\s*_#(\[-]*(?:step\s*)?(?:\d{1,3}|[a-z]|[ivx]{1,4})[\s.:)\]*_]*", re.IGNORECASE)
-_CLOSERS = re.compile(r"[*_)\]\"'”’»]+(?=\s|\Z)")
+_CLOSERS = re.compile(r"[*_)\]\"'\u201d\u2019\u00bb]+(?=\s|\Z)")
 # Abbreviations of reports that sentencex takes for the end of a sentence.
 _ABBREVIATION = re.compile(
     r"\b(?:approx|bilat|cf|dept|dx|esp|excl|figs|hx|incl|pts?|refs?|resp|rx|segs?|sx|tx|vit|vol)\.\s*\Z", re.IGNORECASE

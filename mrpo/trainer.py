@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from mrpo import algorithms
-from mrpo.checkpoint import CheckpointStore, TrainerState
 from mrpo.batching import Row
+from mrpo.checkpoint import CheckpointStore, TrainerState
 from mrpo.config import Config
-from mrpo.data.targets import sft_target
 from mrpo.data.order import batch_indices
+from mrpo.data.targets import sft_target
 from mrpo.errors import UserError
 from mrpo.kernels import step_advantages
 from mrpo.policy import STAT_NAMES, NonFiniteLossError, Policy, UpdateStats
@@ -92,9 +92,7 @@ class Trainer:
             prompts = [self.policy.processor.encode_prompt(example) for example in examples]
             targets = [self.policy.processor.encode_target(*sft_target(example)) for example in examples]
             weights = self._token_weights([len(t) for t in targets], [True] * len(targets))
-            rows = [
-                Row(p, t, torch.ones(len(t)), w) for p, t, w in zip(prompts, targets, weights, strict=True)
-            ]
+            rows = [Row(p, t, torch.ones(len(t)), w) for p, t, w in zip(prompts, targets, weights, strict=True)]
             lr = learning_rate(self.config.optim, step, self.total_steps)
             stats = self._update(rows, lr, step)
         metrics = self._update_metrics(stats, lr)
@@ -128,9 +126,7 @@ class Trainer:
         size = len(values) // self.runtime.world_size
         return values[self.runtime.rank * size :][:size]
 
-    def _rows(
-        self, groups: Sequence[Group], scored: Sequence[ScoredCompletion], advantages: torch.Tensor
-    ) -> list[Row]:
+    def _rows(self, groups: Sequence[Group], scored: Sequence[ScoredCompletion], advantages: torch.Tensor) -> list[Row]:
         """Loss inputs of every completion of this process."""
         shaped = self._shape(scored, advantages.float())
         kept = [not (self.config.rollout.mask_truncated and s.completion.finish_reason == "length") for s in scored]
@@ -232,8 +228,8 @@ class Trainer:
         self, step: int, groups: Sequence[Group], scored: Sequence[ScoredCompletion], rows: Sequence[Row]
     ) -> None:
         examples = [group.example for group in groups for _ in group.completions]
-        chosen = range(0, len(scored), max(1, len(scored) // max(1, self.config.log.samples)))
-        picked = [i for i in chosen][: self.config.log.samples]
+        count = self.config.log.samples
+        picked = range(0, len(scored), max(1, len(scored) // max(1, count)))[:count]
         self.log.log_samples(step + 1, [sample_record(examples[i], scored[i], rows[i].advantages) for i in picked])
 
     @contextmanager

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from os.path import commonprefix
 
 import pytest
 from hypothesis import given, settings
@@ -14,16 +13,18 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from mrpo.records import Step
 from mrpo.steps import extract_answer, find_steps, step_ids
 
-CORPUS = ["The image is an axial CT of the chest. There is a mass in the left lobe.</thinking>\n<answer>mass</answer>"] * 4
+CORPUS = ["The image is an axial CT of the chest. There is a mass in it.</thinking>\n<answer>mass</answer>"] * 4
+CORPUS += [f"<think>{char}" for char in "漢漣漤漥漦漧漨"] * 4
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
-def byte_level(*, regex: bool = True, merges: int = 60, **kwargs: object) -> PreTrainedTokenizerFast:
+def byte_level(*, regex: bool = True, decoder: decoders.Decoder | None = None) -> PreTrainedTokenizerFast:
+    """Without the regex there are tokens of a tag's end and the first byte of "漢", and of several words."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=256 + merges, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **kwargs)
+    backend.decoder = decoder or decoders.ByteLevel()
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=ALPHABET))
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def qwen_like() -> PreTrainedTokenizerFast:
@@ -34,8 +35,7 @@ def qwen_like() -> PreTrainedTokenizerFast:
         [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(["a.</a.\n\n"] * 9, trainers.BpeTrainer(initial_alphabet=alphabet))
+    backend.train_from_iterator(["a.</a.\n\n"] * 9, trainers.BpeTrainer(initial_alphabet=ALPHABET))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
     )
@@ -44,7 +44,8 @@ def qwen_like() -> PreTrainedTokenizerFast:
 
 
 def word_level() -> PreTrainedTokenizerFast:
-    words = ["[UNK]", *"<think> </think> <answer> </answer> the image shows a mass left . , 2".split()]
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    words = ["[UNK]", *tags, "the", "image", "shows", "a", "mass", "left", ".", ",", "2"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
@@ -62,7 +63,7 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 def sentence_piece() -> PreTrainedTokenizerFast:
     """Metaspace, and bytes for characters outside the vocabulary."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_letters, *".,<>/2", "\u2581t"]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *string.ascii_letters, *".,<>/2\u2581", "\u2581t"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocab, [("\u2581", "t")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -73,14 +74,33 @@ def sentence_piece() -> PreTrainedTokenizerFast:
 
 
 BYTE_LEVEL = byte_level()
-MERGED = byte_level(regex=False, merges=120)
+MERGED = byte_level(regex=False)
+STRIPPED = byte_level(regex=False, decoder=decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]))
 QWEN = qwen_like()
 OTHERS = {"word_level": word_level(), "word_piece": word_piece(), "sentence_piece": sentence_piece()}
-TOKENIZERS = {"byte_level": BYTE_LEVEL, "merged": MERGED, "qwen": QWEN, **OTHERS}
+TOKENIZERS = {"byte_level": BYTE_LEVEL, "merged": MERGED, "stripped": STRIPPED, "qwen": QWEN, **OTHERS}
 
-prose = st.lists(
-    st.sampled_from("the image shows a mass left . , ? ! 。 है। 😀 é ≥2 漢字 2. \n Dr. (b) ... - ** i.e. 3.5 A \u2028".split(" "))
-).map(" ".join)
+WORDS = [
+    "the",
+    "image",
+    "shows",
+    "a",
+    "mass",
+    "left",
+    "Dr.",
+    "i.e.",
+    "3.5",
+    "2.",
+    "(b)",
+    "A",
+    "≥2",
+    "é",
+    "है।",
+    "漢字",
+    "😀",
+]
+MARKS = [".", ",", "?", "!", "。", "...", "-", "**", "\n", "\u2028"]
+prose = st.lists(st.sampled_from(WORDS + MARKS)).map(" ".join)
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -92,10 +112,9 @@ def covers_by_prefix(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> 
     """Decode every prefix: what token i adds, up to a character that it has only begun."""
     text = decode(tokenizer, ids)
     prefixes = [decode(tokenizer, ids[:i]) for i in range(len(ids) + 1)]
-    done = [len(commonprefix((prefix, text))) for prefix in prefixes]
-    return [
-        (done[i], max(done[i] + 1, done[i + 1] + (done[i + 1] < len(prefixes[i + 1])))) for i in range(len(ids))
-    ]
+    done = [max(n for n in range(len(prefix) + 1) if text[:n] == prefix[:n]) for prefix in prefixes]
+    begun = [len(prefix) > n for prefix, n in zip(prefixes, done, strict=True)]
+    return [(done[i], max(done[i] + 1, done[i + 1] + begun[i + 1])) for i in range(len(ids))]
 
 
 def covers_by_byte(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[tuple[int, int]]:
@@ -124,10 +143,10 @@ def check_spans(steps: Sequence[Step], text: str, covers: Sequence[tuple[int, in
 
 
 @settings(max_examples=150, deadline=None)
-@given(body=st.one_of(prose, unicode_text), name=st.sampled_from(["byte_level", "merged", "qwen"]))
+@given(body=st.one_of(prose, unicode_text), name=st.sampled_from(["byte_level", "merged", "stripped", "qwen"]))
 def test_spans_equal_brute_force_on_random_unicode(body: str, name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    ids = tokenizer(f"<think>{body}</think>\n<answer>x</answer>")["input_ids"]
+    ids = tokenizer(f" <think>{body}</think>\n<answer>x</answer>")["input_ids"]
     steps = find_steps(ids, tokenizer, think_tag="think")
     check_spans(steps, decode(tokenizer, ids), covers_by_prefix(tokenizer, ids))
     written = "".join(step.text for step in steps)
@@ -173,7 +192,7 @@ def texts(text: str, think_tag: str = "think") -> list[str]:
         ("A mass\n\n\nNo effusion", ["A mass", "No effusion"]),
         ("a mass. it is left", ["a mass.", "it is left"]),
         ("A mass.\n...\n---\nIt is left.", ["A mass.", "It is left."]),
-        ("这是CT图像。左肺有肿块！结论：恶性。", ["这是CT图像。", "左肺有肿块！", "结论：恶性。"]),
+        ("这是CT图像。左肺有肿块\uff01恶性。", ["这是CT图像。", "左肺有肿块\uff01", "恶性。"]),
         ("यह एक सीटी स्कैन है। बाएं फेफड़े में गांठ है।", ["यह एक सीटी स्कैन है।", "बाएं फेफड़े में गांठ है।"]),
         ("هل هذا ورم؟ نعم. هذا ورم خبيث.", ["هل هذا ورم؟", "نعم.", "هذا ورم خبيث."]),
         ("A.\u2028B C\u2028. 😀 D.", ["A.\u2028B C", "😀 D."]),
@@ -196,7 +215,7 @@ def test_sentences(body: str, expected: list[str]) -> None:
         ("It is left. No edema. <answer>x</answer>", ["It is left.", "No edema."]),
         ("Hello. <think>It is left.</think> No edema. <think>So benign.</think>", ["It is left."]),
         ("<think><think>It is left.</think> No edema. <answer>x</answer>", ["It is left."]),
-        ("<think>It is left. <think>No edema</think> so benign.</think> The end.<answer>x", ["It is left.", "No edema", "so benign."]),
+        ("<think>A mass. <think>No edema</think> so be it.</think> So.<answer>x", ["A mass.", "No edema", "so be it."]),
         ("<answer>x</answer>", []),
         ("", []),
     ],
@@ -221,6 +240,13 @@ def test_tag_that_shares_a_token_with_a_sentence() -> None:
     ids = QWEN("<thinking>A.</thinking>")["input_ids"]
     steps = find_steps(ids, QWEN, think_tag="thinking")
     assert [(step.text, decode(QWEN, ids[step.start : step.end])) for step in steps] == [("A.", "A.</")]
+
+
+@pytest.mark.parametrize("tokenizer", [MERGED, STRIPPED])
+def test_tag_that_shares_a_token_with_part_of_a_character(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer(" <think>漢。")["input_ids"]
+    (shared,) = [i for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids)) if ">" in token and token[-1] != ">"]
+    assert find_steps(ids, tokenizer, think_tag="think") == [Step("漢。", shared, len(ids))]
 
 
 def test_special_tokens_are_outside_and_unknown_words_inside() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -166,14 +167,16 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"log\.wandb.*pip install mrpo\[wandb\]"):
         RunLog(tmp_path, LogConfig(tensorboard=False, wandb=True), total_steps=1)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match=r"log\.tensorboard.*pip install tensorboard"):
         RunLog(tmp_path, LogConfig(), total_steps=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 class FakeWandb(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
         self.inits: list[dict] = []
         self.logged: list[dict] = []
         self.finished = 0
@@ -344,10 +347,11 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
-def test_pipe_gets_plain_lines_even_where_colour_is_forced_and_the_encoding_is_poor(tmp_path):
-    environment = os.environ | {"FORCE_COLOR": "1", "PYTHONIOENCODING": "ascii"}
+@pytest.mark.parametrize(("encoding", "message"), [("utf-8", "naïve ✓".encode()), ("ascii", b"na?ve ?")])
+def test_pipe_gets_plain_lines_even_where_colour_is_forced(tmp_path, encoding, message):
+    environment = os.environ | {"FORCE_COLOR": "1", "PYTHONIOENCODING": encoding}
     output, _ = run_program(tmp_path, stdout=subprocess.PIPE, env=environment).communicate()
-    assert output == b"step 1/3  reward 1.25  remaining 0:02\nna?ve ?\n"
+    assert output == b"step 1/3  reward 1.25  remaining 0:02\n" + message + b"\n"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from mrpo.backbones.qwen_vl import Qwen3VL, Qwen25VL
 from mrpo.config import Config, ModelConfig
 from mrpo.errors import UserError
 
-__all__ = ["EncodedPrompt", "Family", "Processor", "batch_images", "load_model", "load_processor", "to_device"]
+__all__ = [
+    "EncodedPrompt",
+    "Family",
+    "Processor",
+    "batch_images",
+    "load_model",
+    "load_processor",
+    "to_device",
+    "write_prompt_style",
+]
 
 FAMILIES: tuple[type[Family], ...] = (Qwen25VL, Qwen3VL, InternVL)
 
+PROMPT_FILE = "mrpo_prompt.json"
 INSTRUCTION = (
     "Think step by step inside <{tag}> and </{tag}>, one finding per sentence, "
     "then give the final answer inside <answer> and </answer>."
@@ -50,18 +61,39 @@ def load_processor(config: Config) -> Processor:
         raise UserError(f"model.path={config.model.path} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"model.path={config.model.path} has no chat template (chat_template.jinja)")
-    think_tag = config.model.think_tag or family.think_tag
+    own = read_prompt_style(Path(folder))
+    think_tag = config.model.think_tag or own.get("think_tag") or family.think_tag
     instruction = config.prompt.instruction
+    if instruction is None:
+        instruction = own.get("instruction", INSTRUCTION.format(tag=think_tag))
     return Processor(
         family=family,
         tokenizer=tokenizer,
         image_processor=image_processor,
         model_config=model_config,
         think_tag=think_tag,
-        instruction=INSTRUCTION.format(tag=think_tag) if instruction is None else instruction,
+        instruction=instruction,
         max_prompt_tokens=config.prompt.max_tokens,
         max_image_pixels=config.data.max_image_pixels,
     )
+
+
+def write_prompt_style(folder: Path, processor: Processor) -> None:
+    """Leaves beside an exported policy the tag and instruction that it was trained with."""
+    style = {"think_tag": processor.think_tag, "instruction": processor.instruction}
+    (folder / PROMPT_FILE).write_text(json.dumps(style, indent=2) + "\n", encoding="utf-8")
+
+
+def read_prompt_style(folder: Path) -> dict[str, str]:
+    """What `write_prompt_style` left in `folder`; empty for other models."""
+    path = folder / PROMPT_FILE
+    if not path.is_file():
+        return {}
+    try:
+        style = json.loads(path.read_text(encoding="utf-8"))
+        return {key: str(style[key]) for key in ("think_tag", "instruction")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} must be a JSON object with think_tag and instruction: {error}") from error
 
 
 def find_family(model_type: str, path: str) -> Family:

@@ -43,7 +43,7 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Processor:
-    """Family, tokenizer and image processor of one checkpoint: all that turns examples into prompts and ids into text."""
+    """Family, tokenizer and image processor of one checkpoint: what turns examples into prompts and ids into text."""
 
     family: Family
     tokenizer: Any

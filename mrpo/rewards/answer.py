@@ -54,9 +54,7 @@ class AnswerReward:
             raise ValueError("one of rouge_weight, bleu_weight and bertscore_weight must be above 0")
         self._weights = {name: weight / total for name, weight in weights.items()}
 
-    def __call__(
-        self, predictions: Sequence[str | None], golds: Sequence[str]
-    ) -> list[tuple[float, dict[str, float]]]:
+    def __call__(self, predictions: Sequence[str | None], golds: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
         """For each pair the reward in [0, 1] and its parts: symbolic, rouge1, bleu1, bertscore if on, lexical.
 
         A missing or empty prediction scores 0 in every part.

@@ -25,9 +25,7 @@ class BertScore:
         """
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModel.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-            )
+            model = AutoModel.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"reward.bertscore_model={path!r} cannot be loaded; it must be the folder or hub id of an encoder "
@@ -52,8 +50,8 @@ class BertScore:
     def _embed(self, texts: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """For each text its unit token states (T, hidden) and which tokens are words (T,) bool, both on the CPU."""
         embedded = {}
-        for i in range(0, len(texts), self._batch_size):
-            batch = list(texts[i : i + self._batch_size])
+        for start in range(0, len(texts), self._batch_size):
+            batch = list(texts[start : start + self._batch_size])
             encoded = self._tokenizer(
                 batch,
                 padding=True,
@@ -65,9 +63,9 @@ class BertScore:
             special = encoded.pop("special_tokens_mask").bool()
             output = self._model(**encoded.to(self._device), output_hidden_states=True)
             states = normalize(output.hidden_states[self._layer].float(), dim=-1).cpu()
-            for text, row, mask, is_special in zip(batch, states, encoded["attention_mask"].cpu(), special, strict=True):
-                present = mask.bool()
-                embedded[text] = (row[present], ~is_special[present])
+            present = encoded["attention_mask"].bool().cpu()
+            for i, text in enumerate(batch):
+                embedded[text] = (states[i, present[i]], ~special[i, present[i]])
         return embedded
 
 

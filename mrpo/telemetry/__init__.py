@@ -2,6 +2,7 @@
 
 from mrpo.telemetry.jsonl import JsonLines, read_json_lines
 from mrpo.telemetry.run_log import RunLog
+from mrpo.telemetry.sinks import require_packages
 from mrpo.telemetry.text import clean_text
 
-__all__ = ["JsonLines", "RunLog", "clean_text", "read_json_lines"]
+__all__ = ["JsonLines", "RunLog", "clean_text", "read_json_lines", "require_packages"]

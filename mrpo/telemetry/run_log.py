@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from mrpo.config import LogConfig
 from mrpo.telemetry.display import Clock, Display, LiveDisplay, NoDisplay, PlainDisplay
 from mrpo.telemetry.jsonl import JsonLines
-from mrpo.telemetry.sinks import Sink, TensorBoardSink, WandbSink
+from mrpo.telemetry.sinks import Sink, TensorBoardSink, WandbSink, require_packages
 
 
 class Stage:
@@ -62,6 +62,7 @@ class RunLog:
         self._display: Display = NoDisplay()
         if not is_main:
             return
+        require_packages(config)
         try:
             self._sinks.append(JsonLines(output_dir / "metrics.jsonl", resume_step=resume_step))
             self._samples = JsonLines(output_dir / "samples.jsonl", resume_step=resume_step)

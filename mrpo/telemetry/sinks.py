@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import uuid
 from collections.abc import Mapping
@@ -11,6 +12,18 @@ from typing import Any, Protocol
 
 from mrpo.config import LogConfig
 from mrpo.errors import UserError
+
+
+def require_packages(config: LogConfig) -> None:
+    """Check that what `config` asks for is installed.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("log.tensorboard=true needs a package: pip install tensorboard, or set log.tensorboard=false")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb=true needs a package: pip install mrpo[wandb], or set log.wandb=false")
 
 
 class Sink(Protocol):
@@ -25,12 +38,8 @@ class TensorBoardSink:
     """Event files in OUTPUT_DIR/tensorboard. Events after `resume_step` of an earlier life of the run are purged."""
 
     def __init__(self, output_dir: Path, *, resume_step: int | None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "log.tensorboard=true needs a package: pip install tensorboard, or set log.tensorboard=false"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         # TensorBoard drops every earlier event whose step is at least purge_step.
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer: Any = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
@@ -51,10 +60,7 @@ class WandbSink:
     """
 
     def __init__(self, output_dir: Path, config: LogConfig, *, resume_step: int | None) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise UserError("log.wandb=true needs a package: pip install mrpo[wandb], or set log.wandb=false") from None
+        wandb = importlib.import_module("wandb")
         id_file = output_dir / "wandb_id.txt"
         if resume_step is None or not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)

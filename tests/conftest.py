@@ -1,0 +1,28 @@
+"""What several tests share: a tiny random policy; GPU tests skip without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before any model is built: two busy threads on two cores make tiny models many times slower.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Qwen3-VL of about a million parameters."""
+    from mrpo.backbones.tiny import build_tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny(folder, seed=0)
+    return folder

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mrpo.config import RewardConfig
+from mrpo.rewards import AnswerReward
+
+REWARD = AnswerReward(RewardConfig())
+
+
+def score(prediction: str | None, gold: str) -> tuple[float, dict[str, float]]:
+    return REWARD([prediction], [gold])[0]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("Left lung.", "left  lung"),
+        ("3.50 cm", "3.5 cm"),
+        ("1,000", "1000"),
+        ("+3", "3"),
+        ("1/2", "0.5"),
+        (r"$\frac{1}{2}$", "0.5"),
+        (r"\boxed{3}", "3"),
+        (r"$3 \text{ cm}$", "3.0 cm."),
+        (r"$3\times10^{3}$", "3000"),
+        ("50%", "0.5"),
+        ("10^3", "1000"),
+        ("$x+1$", "$1+x$"),
+        ("左肺", "左肺"),
+    ],
+)
+def test_same_answers_score_one(prediction: str, gold: str) -> None:
+    reward, parts = score(prediction, gold)
+    assert reward == 1.0
+    assert parts["symbolic"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("left", "right"),
+        ("3 cm", "3 mm"),
+        ("2 on the left", "2 on the right"),
+        ("120/80 mmHg", "60/40 mmHg"),
+        ("2-3", "4-5"),
+        ("L4-L5", "L5-L6"),
+        ("<5", ">5"),
+        ("-3", "3"),
+        ("3.5", "5.3"),
+        ("$9^{9^{9^{9}}}$", "3"),
+        ("9^9^9^9", "3"),
+        (r"$\sum_{i=1}^{99} 9^{99}$", "3"),
+        ("$3$ cm", "$3$ mm"),
+        ("1" * 100, "2"),
+        ("$", "$$"),
+    ],
+)
+def test_different_answers_are_not_the_same_quantity(prediction: str, gold: str) -> None:
+    reward, parts = score(prediction, gold)
+    assert parts["symbolic"] == 0.0
+    assert reward < 1.0
+
+
+@pytest.mark.parametrize("prediction", [None, "", "  \n"])
+def test_missing_answer_scores_zero(prediction: str | None) -> None:
+    reward, parts = score(prediction, "left lung")
+    assert reward == 0.0
+    assert set(parts) == {"symbolic", "rouge1", "bleu1", "lexical"}
+    assert set(parts.values()) == {0.0}
+
+
+def test_lexical_parts_by_hand() -> None:
+    reward, parts = score("The LEFT lung", "left lung lobe nodule")
+    assert parts["rouge1"] == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert parts["bleu1"] == pytest.approx(2 / 3 * math.exp(1 - 4 / 3))
+    assert parts["lexical"] == reward == pytest.approx((parts["rouge1"] + parts["bleu1"]) / 2)
+
+
+def test_weights_are_rescaled_over_the_parts_that_are_there() -> None:
+    reward = AnswerReward(RewardConfig(rouge_weight=0.3, bleu_weight=0.1))
+    value, parts = reward(["a nodule"], ["a large nodule"])[0]
+    assert value == pytest.approx(0.75 * parts["rouge1"] + 0.25 * parts["bleu1"])
+
+
+def test_works_outside_the_main_thread() -> None:
+    rewards: list[float] = []
+    thread = threading.Thread(target=lambda: rewards.append(score("7/2", "3.500")[0]))
+    thread.start()
+    thread.join()
+    assert rewards == [1.0]
+
+
+@given(prediction=st.none() | st.text(max_size=80), gold=st.text(max_size=80))
+def test_every_part_lies_in_the_unit_interval(prediction: str | None, gold: str) -> None:
+    reward, parts = score(prediction, gold)
+    assert all(0.0 <= value <= 1.0 for value in (reward, *parts.values()))

@@ -1,0 +1,136 @@
+"""What a run refuses before it starts, and what two processes make of the run of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import TRAIN, launch, read_metrics, train
+from PIL import Image
+
+from mrpo.data.vqa_rad import IMAGES, QUESTIONS
+from mrpo.errors import UserError
+from mrpo.run import _check_output, load_inputs, parse
+from mrpo.settings import load_config, to_yaml
+
+
+def inputs_error(tiny_policy: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_inputs(load_config(None, [f"model.path={tiny_policy}", *overrides]))
+    return str(caught.value)
+
+
+def test_overrides_may_stand_anywhere_among_options() -> None:
+    options = parse(["--local_rank=1", "seed=1", "--config", "a.yaml", "optim.lr=2", "--resume"])
+    assert options.overrides == ["seed=1", "optim.lr=2"]
+    assert options.resume
+
+
+def test_prompts_that_processes_cannot_share(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = inputs_error(tiny_policy, "optim.batch_size=128")
+    assert "optim.batch_size=128" in message
+    assert "multiple of 24" in message
+
+
+@pytest.mark.parametrize(
+    ("removed", "word"),
+    [
+        ("config.json", "config"),
+        ("tokenizer*", "tokenizer"),
+        ("preprocessor_config.json", "image processor"),
+        ("chat_template.jinja", "chat template"),
+    ],
+)
+def test_a_model_folder_that_lacks_a_file(tiny_policy: Path, tmp_path: Path, removed: str, word: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy, folder)
+    found = list(folder.glob(removed))
+    assert found
+    for path in found:
+        path.unlink()
+    message = inputs_error(folder)
+    assert str(folder) in message
+    assert word in message
+
+
+def test_a_missing_model_folder_and_an_unknown_family(tiny_policy: Path, tmp_path: Path) -> None:
+    assert "no such folder" in inputs_error(tmp_path / "nothing")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy, folder)
+    config = folder / "config.json"
+    config.write_text('{"model_type": "bert"}')
+    message = inputs_error(folder)
+    assert "'bert'" in message
+    assert "internvl, qwen2_5_vl, qwen3_vl" in message
+
+
+def test_a_prompt_that_is_too_long_names_its_example(tiny_policy: Path) -> None:
+    message = inputs_error(tiny_policy, "prompt.max_tokens=20")
+    assert "phantom/0/train/0" in message
+    assert "prompt.max_tokens=20" in message
+
+
+def test_sft_needs_rationales(tiny_policy: Path, tmp_path: Path) -> None:
+    (tmp_path / IMAGES).mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / IMAGES / "a.jpg")
+    row = {
+        "image_name": "a.jpg",
+        "image_organ": "CHEST",
+        "question": "Where?",
+        "question_type": "POS",
+        "answer": "Lung",
+    }
+    rows = [{"qid": i, "phrase_type": kind, **row} for i, kind in enumerate(("freeform", "test_freeform"))]
+    (tmp_path / QUESTIONS).write_text(json.dumps(rows))
+    message = inputs_error(tiny_policy, "algorithm=sft", "data.name=vqa_rad", f"data.root={tmp_path}")
+    assert "data.name=vqa_rad has none" in message
+
+
+def test_an_existing_run_is_neither_mixed_nor_lost(tiny_policy: Path, tmp_path: Path) -> None:
+    config = load_config(None, [f"output_dir={tmp_path}"])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        _check_output(config, parse([]))
+    with pytest.raises(UserError, match="holds no run to resume"):
+        _check_output(config, parse(["--resume"]))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(UserError, match="already holds a run"):
+        _check_output(config, parse([]))
+    _check_output(config, parse(["--resume"]))
+    _check_output(config, parse(["--overwrite"]))
+    other = load_config(None, [f"output_dir={tmp_path}", "optim.lr=0.5", "log.samples=9"])
+    with pytest.raises(UserError, match=r"optim\.lr=0\.5 \(was 0\.0001\)$"):
+        _check_output(other, parse(["--resume"]))
+
+
+def test_bad_input_ends_the_launcher_with_a_message(tmp_path: Path) -> None:
+    done = launch(TRAIN, [f"output_dir={tmp_path / 'run'}", "optim.lrr=1"])
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_train_as_one(tiny_policy: Path, tmp_path: Path) -> None:
+    common = [
+        f"model.path={tiny_policy}",
+        "optim.steps=2",
+        "optim.batch_size=16",
+        "rollout.group_size=4",
+        "rollout.max_tokens=20",
+        "prompt.instruction=",
+        "data.eval_size=5",
+        "checkpoint.every=0",
+        "log.plots=false",
+    ]
+    for count in (1, 2):
+        train(*common, f"output_dir={tmp_path / str(count)}", num_processes=count)
+    one, two = (read_metrics(tmp_path / count) for count in ("1", "2"))
+    assert one[0].keys() == two[0].keys()
+    for key, value in one[0].items():
+        assert two[0][key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
+    before = [(tmp_path / count / "evaluation-before.json").read_text() for count in ("1", "2")]
+    assert before[0] == before[1]
