@@ -1,4 +1,4 @@
-"""The `mrpo` command: show the configuration, start training."""
+"""The `mrpo` command: show the configuration, start training, remake the shipped policy."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = [argument for argument in rest if argument.startswith("-")]
     if args.command == "config" and options:
         parser.error(f"unknown option {options[0]}; settings are given as section.key=value")
+    if args.command == "warm-start" and rest:
+        parser.error(f"unknown argument {rest[0]}")
     try:
         if args.command == "config":
             print(to_yaml(load_config(args.config, rest)), end="")
+        elif args.command == "warm-start":
+            from mrpo.warm_start import make_warm_start
+
+            print(f"wrote {make_warm_start(args.out, train_command(1, args.master_port, []))}")
         else:
             command = train_command(args.num_gpus, args.master_port, rest)
             os.execv(command[0], command)
@@ -73,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--master-port", "--master_port", type=int, metavar="PORT", help="port of process 0; set it for a second run"
+    )
+
+    warm_start = commands.add_parser(
+        "warm-start",
+        help="train the tiny policy that ships with the package, from nothing",
+        description="Builds a random tiny Qwen3-VL and teaches it phantom scans by SFT, at last on flawed rationales.",
+    )
+    warm_start.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: over the shipped one")
+    warm_start.add_argument(
+        "--master-port", type=int, metavar="PORT", help="port of process 0; set it for a second run"
     )
     return parser
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -221,7 +221,9 @@ def _prepare_output(config: Config, runtime: Runtime, *, resume: bool, overwrite
     runtime.barrier()
 
 
-def _evaluate_start(config: Config, runtime: Runtime, measure, start_step: int) -> list[EvaluatedSample] | None:
+def _evaluate_start(
+    config: Config, runtime: Runtime, measure: Callable[[str], Evaluation], start_step: int
+) -> list[EvaluatedSample] | None:
     """The evaluation of the start policy; a continued run reads what it wrote, as the start policy is gone."""
     path = config.output_dir / "evaluation-before.json"
     if start_step > 0:

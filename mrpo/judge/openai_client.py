@@ -64,7 +64,7 @@ class OpenAIJudge:
         async with slots:
             try:
                 return await asyncio.wait_for(self._ask(client, request), limit)
-            except (openai.OpenAIError, OSError, asyncio.TimeoutError) as error:
+            except (TimeoutError, openai.OpenAIError, OSError) as error:
                 return Unjudged(self._reason(error))
 
     async def _ask(self, client: openai.AsyncOpenAI, request: JudgeRequest) -> Verdict | Unjudged:

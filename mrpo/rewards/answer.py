@@ -15,6 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from mrpo.config import RewardConfig
+from mrpo.errors import UserError
 from mrpo.rewards.bertscore import BertScore
 from mrpo.rewards.symbolic import same_quantity
 
@@ -42,7 +43,7 @@ class AnswerReward:
         """Loads the BERTScore encoder if `config.bertscore_model` names one.
 
         Raises:
-            UserError: the encoder cannot be loaded or has no layer `config.bertscore_layer`.
+            UserError: the encoder cannot be loaded, has no layer `config.bertscore_layer`, or all weights are 0.
         """
         weights = {"rouge1": config.rouge_weight, "bleu1": config.bleu_weight}
         self._bertscore: BertScore | None = None
@@ -51,7 +52,7 @@ class AnswerReward:
             self._bertscore = BertScore(config.bertscore_model, config.bertscore_layer)
         total = sum(weights.values())
         if total <= 0:
-            raise ValueError("one of rouge_weight, bleu_weight and bertscore_weight must be above 0")
+            raise UserError("one of reward.rouge_weight, bleu_weight and bertscore_weight must be above 0")
         self._weights = {name: weight / total for name, weight in weights.items()}
 
     def __call__(self, predictions: Sequence[str | None], golds: Sequence[str]) -> list[tuple[float, dict[str, float]]]:

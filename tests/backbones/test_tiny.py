@@ -5,7 +5,8 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from mrpo.backbones.tiny import TAG_TOKENS, build_tiny
-from mrpo.data.phantom import PhantomDataset, corpus, sft_target
+from mrpo.data.phantom import PhantomDataset, corpus
+from mrpo.data.targets import sft_target
 
 
 @pytest.fixture(scope="module")

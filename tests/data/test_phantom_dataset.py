@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrpo.data.phantom import PhantomDataset, corpus, sft_target
+from mrpo.data.phantom import PhantomDataset, corpus
 from mrpo.data.phantom.corrupt import HABITS
 from mrpo.data.phantom.language import DIAGNOSES, NUMBERS, parse
 from mrpo.data.phantom.scene import PLACES
+from mrpo.data.targets import sft_target
 from mrpo.errors import UserError
 from mrpo.records import Example
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mrpo.data.phantom import PhantomDataset, sft_target
+from mrpo.data.phantom import PhantomDataset
 from mrpo.data.phantom.language import TEMPLATES
+from mrpo.data.targets import sft_target
 from mrpo.judge.phantom import PhantomJudge
 from mrpo.records import Example, JudgeRequest, Unjudged, Verdict
 

@@ -1,5 +1,5 @@
 """Phantom: a procedural set of small abdominal scans with open-ended questions, gold answers and gold rationales."""
 
-from mrpo.data.phantom.dataset import PhantomDataset, corpus, sft_target
+from mrpo.data.phantom.dataset import PhantomDataset, corpus
 
-__all__ = ["PhantomDataset", "corpus", "sft_target"]
+__all__ = ["PhantomDataset", "corpus"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import overload
 
 from mrpo.data.phantom.corrupt import misread
 from mrpo.data.phantom.language import ANSWERS, TEMPLATES, Statement
@@ -19,8 +19,8 @@ class PhantomDataset(Sequence[Example]):
     """`size` questions about procedural scenes, made on demand and fixed by (seed, split, index).
 
     `example.answer` is always the truth. With `corruption` > 0, `example.rationale` and `metadata["target_answer"]`
-    are those of a reader who misread the scene: what `sft_target` gives. `metadata` further holds the true `scene`,
-    the `question` (kind and organ), the `gold_rationale`, and the names of the `misreadings`.
+    are those of a reader who misread the scene: what `mrpo.data.targets.sft_target` gives. `metadata` further holds
+    the true `scene`, the `question` (kind and organ), the `gold_rationale`, and the names of the `misreadings`.
 
     Raises:
         UserError: an unknown split, a negative size, or a corruption outside [0, 1].
@@ -86,12 +86,6 @@ def _check_corruption(corruption: float) -> None:
 def write(statements: Sequence[Statement]) -> str:
     """The statements as running text."""
     return " ".join(statement.text for statement in statements)
-
-
-def sft_target(example: Example) -> tuple[str, str]:
-    """(rationale, answer) that supervised fine-tuning imitates; the rationale is empty where an example has none."""
-    metadata: dict[str, Any] = dict(example.metadata)
-    return example.rationale or "", metadata.get("target_answer", example.answer)
 
 
 def corpus() -> Iterator[str]:
