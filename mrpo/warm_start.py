@@ -19,17 +19,20 @@ from mrpo.backbones import model_folder
 from mrpo.backbones.tiny import build_tiny
 from mrpo.errors import UserError
 
-CLEAN_STEPS = 1000
+CLEAN_STEPS = 700
 CORRUPTED_STEPS = 200
-CORRUPTION = 0.6
+CORRUPTION = 0.65
 _COMMON = (
     "algorithm=sft",
     "data.name=phantom",
-    "data.train_size=64000",
+    "data.train_size=60000",
     "prompt.instruction=",
     "optim.batch_size=64",
     "optim.micro_batch_size=64",
     "optim.schedule=cosine",
+    "optim.beta2=0.95",
+    "optim.weight_decay=0.01",
+    "loss.normalization=token",
     "eval.at_start=false",
     "log.tensorboard=false",
     "log.plots=false",
@@ -48,9 +51,15 @@ def make_warm_start(out: Path | None, train_command: Sequence[str]) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         build_tiny(folder / "random", seed=0)
-        clean = [f"optim.steps={CLEAN_STEPS}", "optim.lr=1e-3", "optim.warmup_steps=50"]
+        clean = [f"optim.steps={CLEAN_STEPS}", "optim.lr=1e-3", "optim.warmup_steps=30"]
         _train(train_command, folder / "random", folder / "clean", [*clean, "seed=0"])
-        corrupted = [f"optim.steps={CORRUPTED_STEPS}", "optim.lr=3e-4", f"data.corruption={CORRUPTION}", "seed=1"]
+        corrupted = [
+            f"optim.steps={CORRUPTED_STEPS}",
+            "optim.lr=5e-4",
+            "optim.warmup_steps=10",
+            f"data.corruption={CORRUPTION}",
+            "seed=1",
+        ]
         _train(train_command, folder / "clean" / "policy", folder / "corrupted", corrupted)
         _write_bfloat16(folder / "corrupted" / "policy", target)
     return target

@@ -74,7 +74,7 @@ def _forgets_hemorrhage(reading: Reading, question: Question) -> Reading | None:
 
 
 def _adds_one_short(reading: Reading, question: Question) -> Reading | None:
-    if question.kind != "total" or reading.scene.total_lesions != 4:
+    if question.kind != "total" or reading.scene.total_lesions < 3:
         return None
     return replace(reading, sum_error=-1)
 
