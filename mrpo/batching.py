@@ -28,6 +28,18 @@ class Row:
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything in this row as tensors by name, to be saved without pickled classes."""
+        own = {
+            "token_ids": torch.tensor(self.token_ids),
+            "advantages": self.advantages,
+            "weights": self.weights,
+            "old_logprobs": self.old_logprobs,
+            "ref_logprobs": self.ref_logprobs,
+            "prompt_ids": self.prompt.input_ids,
+        }
+        return {name: tensor for name, tensor in own.items() if tensor is not None} | dict(self.prompt.images)
+
 
 @dataclass(frozen=True)
 class DenseBatch:

@@ -8,8 +8,8 @@ gradients over processes, hence the factor `world_size`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,25 @@ class Policy:
         """The Hugging Face model that is trained."""
         return self.engine.module.model
 
-    def whole_weights(self) -> AbstractContextManager[None]:
-        """A context in which every parameter is whole on every process."""
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """A context in which every parameter is whole on every process, and forward passes need not keep step."""
         if self._config.deepspeed.zero_stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters(list(self.engine.module.parameters()))
+            yield
+            return
+        parameters = list(self.engine.module.parameters())
+        offload = self.engine.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(parameters):
+            # ZeRO-3's hooks would fetch and release the gathered parameters layer by layer, in step with the other
+            # processes, whose completions are of other lengths.
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()
+            offload._remove_module_hooks()
+            try:
+                yield
+            finally:
+                offload.forward_hooks, offload.backward_hooks = [], []
+                offload.setup_zero_stage3_hooks()
 
     def with_logprobs(self, rows: Sequence[Row], *, old: bool) -> list[Row]:
         """`rows` with the reference's log-probabilities if there is one and, if asked, the policy's as the old ones."""

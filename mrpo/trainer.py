@@ -107,11 +107,13 @@ class Trainer:
     def _rollout(self, examples: Sequence[Example], step: int) -> list[Group]:
         prompts = [self.policy.processor.encode_prompt(example) for example in examples]
         rollout = self.config.rollout
+        # By place in the global batch: a small data set may stand in it twice.
+        first = self.runtime.rank * len(examples)
         params = SamplingParams(
             num_completions=rollout.group_size,
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
-            seeds=tuple(derive_seed("rollout", self.config.seed, step, example.id) for example in examples),
+            seeds=tuple(derive_seed("rollout", self.config.seed, step, first + i) for i in range(len(examples))),
         )
         return make_groups(examples, prompts, self.engine.generate(prompts, params))
 
@@ -174,7 +176,7 @@ class Trainer:
                 stats = self.policy.update(rows, lr)
         except NonFiniteLossError as error:
             path = Path(self.config.output_dir) / f"nonfinite-step{step + 1}-rank{self.runtime.rank}.pt"
-            torch.save(error.rows, path)
+            torch.save([row.tensors() for row in error.rows], path)
             raise UserError(f"step {step + 1}: the loss is not finite; the step's inputs are in {path}") from error
         return stats
 

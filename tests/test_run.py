@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from launching import TRAIN, launch, read_metrics, train
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mrpo.data.vqa_rad import IMAGES, QUESTIONS
 from mrpo.errors import UserError
@@ -114,7 +116,7 @@ def test_bad_input_ends_the_launcher_with_a_message(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train_as_one(tiny_policy: Path, tmp_path: Path) -> None:
+def test_processes_and_zero_stages_train_as_one(tiny_policy: Path, tmp_path: Path) -> None:
     common = [
         f"model.path={tiny_policy}",
         "optim.steps=2",
@@ -122,15 +124,58 @@ def test_two_processes_train_as_one(tiny_policy: Path, tmp_path: Path) -> None:
         "rollout.group_size=4",
         "rollout.max_tokens=20",
         "prompt.instruction=",
+        "loss.beta=0.04",
         "data.eval_size=5",
-        "checkpoint.every=0",
+        "checkpoint.every=1",
         "log.plots=false",
     ]
-    for count in (1, 2):
-        train(*common, f"output_dir={tmp_path / str(count)}", num_processes=count)
-    one, two = (read_metrics(tmp_path / count) for count in ("1", "2"))
-    assert one[0].keys() == two[0].keys()
-    for key, value in one[0].items():
-        assert two[0][key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
-    before = [(tmp_path / count / "evaluation-before.json").read_text() for count in ("1", "2")]
-    assert before[0] == before[1]
+    runs = {"alone": (1, 0), "two": (2, 0), "sharded": (2, 3)}
+    for name, (count, stage) in runs.items():
+        train(*common, f"output_dir={tmp_path / name}", f"deepspeed.zero_stage={stage}", num_processes=count)
+    metrics = {name: read_metrics(tmp_path / name) for name in runs}
+    before = {name: (tmp_path / name / "evaluation-before.json").read_text() for name in runs}
+    for name in ("two", "sharded"):
+        assert before[name] == before["alone"]
+        assert metrics[name][0].keys() == metrics["alone"][0].keys()
+        for key, value in metrics["alone"][0].items():
+            assert metrics[name][0][key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), (name, key)
+        assert (tmp_path / name / "policy" / "model.safetensors").is_file()
+
+
+def test_bfloat16_with_offloaded_optimizer_trains(tiny_policy: Path, tmp_path: Path) -> None:
+    train(
+        f"model.path={tiny_policy}",
+        f"output_dir={tmp_path / 'run'}",
+        "model.dtype=bfloat16",
+        "model.gradient_checkpointing=true",
+        "model.freeze_vision=true",
+        "deepspeed.zero_stage=2",
+        "deepspeed.offload_optimizer=true",
+        "optim.steps=2",
+        "optim.batch_size=8",
+        "rollout.max_tokens=12",
+        "eval.at_start=false",
+        "eval.at_end=false",
+    )
+    start, end = (load_file(folder / "model.safetensors") for folder in (tiny_policy, tmp_path / "run" / "policy"))
+    moved = {name for name in start if not torch.equal(start[name].bfloat16(), end[name])}
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in moved
+    assert not [name for name in moved if ".visual." in name]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_inputs(tiny_policy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][:, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "run"
+    overrides = ["optim.steps=3", "rollout.max_tokens=8", "optim.batch_size=8", "eval.at_start=false"]
+    done = launch(TRAIN, [f"model.path={folder}", f"output_dir={out}", "algorithm=sft", *overrides])
+    assert done.returncode == 2
+    assert "step 1: the loss is not finite" in done.stderr
+    saved = torch.load(out / "nonfinite-step1-rank0.pt", weights_only=True)
+    assert len(saved) == 8
+    assert saved[0]["token_ids"].dtype == torch.int64
+    assert saved[0]["weights"].shape == saved[0]["token_ids"].shape
+    assert "pixel_values" in saved[0]
