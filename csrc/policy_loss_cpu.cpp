@@ -1,9 +1,10 @@
 // The policy loss on the CPU: one OpenMP task a row, vectorised over the vocabulary.
 //
 // A row is read from memory once (running maximum and sum of exponentials, block by block) and once more from cache to
-// write its gradient. The target's column is kept out of the sum: for a confident policy 1 - p(target) would otherwise
-// be a difference of nearly equal numbers, and it is the whole gradient. Blocks are summed in fp32, their sums in fp64.
-// The order of every sum depends on V and the instruction set alone, so any number of threads gives the same bits.
+// write its gradient, in its place if so asked. The target's column is kept out of the sum: for a confident policy
+// 1 - p(target) would otherwise be a difference of nearly equal numbers, and it is the whole gradient. Blocks are summed
+// in fp32, their sums in fp64. The order of every sum depends on V and the instruction set alone, so any number of
+// threads gives the same bits.
 #include "policy_loss.h"
 
 #include <algorithm>
@@ -103,11 +104,11 @@ void skip_row(const PolicyLossArgs& a, int64_t n) {
   a.losses[n] = a.logprobs[n] = a.kl[n] = 0.f;
   a.clipped[n] = false;
   if (a.entropy) a.entropy[n] = 0.f;
-  if (a.dlogits) std::fill_n(a.dlogits + n * a.vocab, a.vocab, 0.f);
+  if (a.dlogits) std::fill_n(a.dlogits + n * a.dlogits_stride, a.vocab, 0.f);
 }
 
 MRPO_MULTIVERSION void loss_row(const PolicyLossArgs& a, int64_t n) {
-  const float* x = a.logits + n * a.row_stride;
+  const float* x = a.logits + n * a.logits_stride;
   const int64_t target = a.targets[n];
   const float scale = 1.f / a.config.temperature;
 
@@ -117,7 +118,8 @@ MRPO_MULTIVERSION void loss_row(const PolicyLossArgs& a, int64_t n) {
   const float logprob = float(target_logit - std::log(sum));
 
   const TokenLoss token = token_loss(logprob, a.old_logprobs ? a.old_logprobs[n] : logprob,
-                                     a.ref_logprobs ? a.ref_logprobs + n : nullptr, a.advantages[n], a.config);
+                                     a.ref_logprobs ? a.ref_logprobs + n : nullptr,
+                                     a.sampler_logprobs ? a.sampler_logprobs + n : nullptr, a.advantages[n], a.config);
   a.losses[n] = a.weights[n] * token.loss;
   a.logprobs[n] = logprob;
   a.kl[n] = token.kl;
@@ -125,7 +127,7 @@ MRPO_MULTIVERSION void loss_row(const PolicyLossArgs& a, int64_t n) {
   if (a.entropy) a.entropy[n] = row_entropy(x, a.vocab, row.max, sum, scale);
   if (!a.dlogits) return;
 
-  float* dx = a.dlogits + n * a.vocab;
+  float* dx = a.dlogits + n * a.dlogits_stride;
   const float coefficient = a.weights[n] * token.dlogprob * scale;
   if (coefficient == 0.f) {  // clipped, or no advantage: nothing to learn, nothing to compute
     std::fill_n(dx, a.vocab, 0.f);

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
+
+_on_devices: ContextVar[bool] = ContextVar("values_checked_on_devices", default=False)
+
+
+@contextmanager
+def check_values() -> Iterator[None]:
+    """Within this context the values of tensors on devices are checked too, which waits for the device.
+
+    Targets outside the vocabulary, NaN, segments that do not ascend: on the CPU they are always refused.
+    """
+    token = _on_devices.set(True)
+    try:
+        yield
+    finally:
+        _on_devices.reset(token)
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """Whether to look at the values of tensors on this device."""
+    return device.type == "cpu" or (_on_devices.get() and device.type != "meta")
 
 
 def check_tensor(

@@ -1,35 +1,51 @@
 """Which implementation of an operator runs where: one table, which `use` overrides.
 
-A pair of device and dtype that the table does not list runs the plain PyTorch definition of `reference.py`.
+A pair of device and dtype that the table does not list, or whose implementation is missing in this installation, runs
+the plain PyTorch definition of `reference.py` and says so once.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from types import ModuleType
+from importlib.util import find_spec
+from types import FrameType, ModuleType
 
 import torch
 
-# `cpp` computes in fp32: half precision is converted on the way in, fp64 keeps its precision in the reference.
+_HALF_AND_FP32 = (torch.float32, torch.bfloat16, torch.float16)
+
+# `cpp` and `triton` compute in fp32, whatever the dtype of the logits; fp64 keeps its precision in the reference.
+# The linear operators are made of the row kernel of the policy loss and follow its entry.
 IMPLEMENTATIONS: dict[str, dict[tuple[str, torch.dtype], str]] = {
     "policy_loss": {
-        ("cpu", torch.float32): "cpp",
-        ("cpu", torch.bfloat16): "cpp",
-        ("cpu", torch.float16): "cpp",
+        **{("cpu", dtype): "cpp" for dtype in _HALF_AND_FP32},
+        **{("cuda", dtype): "triton" for dtype in _HALF_AND_FP32},
+        ("cpu", torch.float64): "reference",
+        ("cuda", torch.float64): "reference",
+    },
+    "step_advantages": {
+        **{("cpu", dtype): "reference" for dtype in (*_HALF_AND_FP32, torch.float64)},
+        **{("cuda", dtype): "triton" for dtype in (*_HALF_AND_FP32, torch.float64)},
     },
 }
 
 _forced: ContextVar[str | None] = ContextVar("forced_implementation", default=None)
+_fallback_forbidden: ContextVar[bool] = ContextVar("fallback_forbidden", default=False)
 
 
 @contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every operator of this context by `implementation` ("cpp", "reference"); what it cannot do raises."""
+    """Run every operator of this context by `implementation` ("triton", "cpp", "reference").
+
+    What it cannot do raises RuntimeError; an operator that has no such implementation anywhere runs as usual. Triton
+    runs on the CPU under its interpreter only: with TRITON_INTERPRET=1 in the environment before triton is imported.
+    """
     token = _forced.set(implementation)
     try:
         yield
@@ -37,23 +53,46 @@ def use(implementation: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextmanager
+def forbid_fallback() -> Iterator[None]:
+    """Within this context RuntimeError is raised where otherwise the reference would run with a warning."""
+    token = _fallback_forbidden.set(True)
+    try:
+        yield
+    finally:
+        _fallback_forbidden.reset(token)
+
+
 def implementation_of(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the implementation to run.
 
     Raises:
-        RuntimeError: `use` forces one that does not serve this device and dtype, or is not built.
+        RuntimeError: `use` forces one that does not serve this device and dtype, or is not installed, or that nobody
+            knows; or `forbid_fallback` forbids the reference.
     """
-    listed = IMPLEMENTATIONS[operator].get((device.type, dtype), "reference")
-    forced = _forced.get()
-    if forced is None:
-        if listed != "cpp" or extension() is not None:
-            return listed
-        _warn_not_built()
-        return "reference"
-    if forced not in ("reference", listed):
+    forced = _forced_for(operator, device, dtype)
+    chosen = forced or IMPLEMENTATIONS[operator].get((device.type, dtype))
+    missing = f"no kernel serves {dtype} on {device.type}" if chosen is None else _missing(chosen)
+    if chosen is not None and missing is None:
+        return chosen
+    if forced is not None or _fallback_forbidden.get():
+        raise RuntimeError(f"{operator}: {missing}")
+    _warn(f"{missing}: {operator} runs in plain PyTorch, which is slower and takes more memory")
+    return "reference"
+
+
+def _forced_for(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What `use` forces on this operator, if anything."""
+    forced, table = _forced.get(), IMPLEMENTATIONS[operator]
+    if forced is None or forced == "reference":
+        return forced
+    if not any(forced in other.values() for other in IMPLEMENTATIONS.values()):
+        raise RuntimeError(f"there is no implementation {forced!r} of any operator")
+    if forced not in table.values():
+        return None
+    interpreted = forced == "triton" and device.type == "cpu" and triton_is_interpreted()
+    if table.get(("cuda" if interpreted else device.type, dtype)) != forced:
         raise RuntimeError(f"{operator}: implementation {forced!r} does not serve {dtype} on {device.type}")
-    if forced == "cpp" and extension() is None:
-        raise RuntimeError(f"{operator}: implementation 'cpp' needs the extension mrpo._C, which is not built")
     return forced
 
 
@@ -66,11 +105,29 @@ def extension() -> ModuleType | None:
         return None
 
 
-@lru_cache(maxsize=1)
-def _warn_not_built() -> None:
-    warnings.warn(
-        "mrpo._C is not built: the policy loss runs in plain PyTorch, which is slower and takes more memory. "
-        "Reinstall mrpo with a C++17 compiler to build it.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+def triton_is_interpreted() -> bool:
+    """Whether Triton runs kernels in Python on the CPU."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _missing(implementation: str) -> str | None:
+    """What this installation lacks to run it, and the cure."""
+    if implementation == "cpp" and extension() is None:
+        return "mrpo._C is not built (reinstall mrpo with a C++17 compiler)"
+    if implementation == "triton" and find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _warn(message: str) -> None:
+    """Once for each message; the warning points at the caller of this package."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__package__") == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

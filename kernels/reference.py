@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from .records import LossConfig, RowInputs, RowOutputs, SegmentedAdvantages
+
 # (k, K) -> weight of invalid step k of K, both int64, k 1-based.
 StepPenalty = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -26,71 +28,94 @@ PENALTIES: dict[str, StepPenalty] = {
 }
 
 
-def step_advantages(
+def step_weights(
+    penalty: StepPenalty | torch.Tensor, num_steps: torch.Tensor, max_steps: int
+) -> torch.Tensor:  # [B, max_steps] fp64
+    """The weight of each step of each completion if it is invalid: by formula, or from a table by k or by K and k."""
+    if not isinstance(penalty, torch.Tensor):
+        k = torch.arange(1, max_steps + 1, device=num_steps.device)[None]
+        weights = penalty(k, num_steps[:, None]).double()
+    elif penalty.dim() == 2:
+        weights = penalty[(num_steps - 1).clamp(min=0), :max_steps].double()
+    else:
+        weights = penalty[:max_steps].double()
+    return weights.expand(len(num_steps), max_steps)
+
+
+def shaped_advantages(
     advantages: torch.Tensor,  # [B]
     answer_correct: torch.Tensor,  # [B] bool
-    step_ids: torch.Tensor,  # [B, T] int64
     step_valid: torch.Tensor,  # [B, K] bool
     num_steps: torch.Tensor,  # [B] int64
+    completions: torch.Tensor | None,  # [S] int64; None: row b of step_ids is completion b
+    step_ids: torch.Tensor,  # [S] or [B, T] int64
     *,
-    penalty: StepPenalty,
+    penalty: StepPenalty | torch.Tensor,
     round_weights: bool,
-) -> torch.Tensor:  # [B, T]
-    plain = advantages[:, None].expand(step_ids.shape)
+) -> torch.Tensor:  # like step_ids
+    """The advantage at step `step_ids` (-1: outside every step) of the completion beside it."""
     max_steps = step_valid.shape[1]
+    if completions is None:
+        completions = torch.arange(len(advantages), device=advantages.device)[:, None]
+    plain = advantages[completions].expand(step_ids.shape)
     if max_steps == 0:
         return plain.clone()
-    k = torch.arange(1, max_steps + 1, device=step_ids.device)[None]
-    weights = penalty(k, num_steps[:, None]).double()
+    weights = step_weights(penalty, num_steps, max_steps)
     if round_weights:
         weights = torch.round(weights, decimals=2)
     signed = torch.where(step_valid, 1.0, -weights).to(advantages.dtype)  # [B, K]
-    shaped = signed.gather(1, step_ids.clamp(0, max_steps - 1)) * advantages.abs()[:, None]
-    in_judged_step = (step_ids >= 0) & (step_ids < num_steps[:, None])
-    return torch.where(in_judged_step & ~answer_correct[:, None], shaped, plain)
+    shaped = signed[completions, step_ids.clamp(0, max_steps - 1)] * plain.abs()
+    in_judged_step = (step_ids >= 0) & (step_ids < num_steps[completions])
+    return torch.where(in_judged_step & ~answer_correct[completions], shaped, plain)
 
 
-def policy_loss(
-    logits: torch.Tensor,  # [N, V]
-    targets: torch.Tensor,  # [N] int64
-    advantages: torch.Tensor,  # [N]
-    weights: torch.Tensor,  # [N]
-    old_logprobs: torch.Tensor | None,  # [N]
-    ref_logprobs: torch.Tensor | None,  # [N]
-    *,
-    epsilon_low: float,
-    epsilon_high: float,
-    beta: float,
-    temperature: float,
-    with_entropy: bool,
+def token_losses(
+    logits: torch.Tensor, inputs: RowInputs, config: LossConfig, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss [], then log-probabilities, clipped, KL and entropy [N]; the gradient is autograd's."""
+    """Losses, differentiable by autograd, then log-probabilities, clipped, KL and entropy of rows; see `RowOutputs`."""
+    weights, advantages = inputs.weights, inputs.advantages
+    if isinstance(advantages, SegmentedAdvantages):
+        advantages = advantages.per_token(len(weights))
     used = weights != 0
     # Masked before exp: what stands in an unused row, NaN included, reaches neither the loss nor the gradient.
     logits = logits.masked_fill(~used[:, None], 0.0)
-    log_softmax = torch.log_softmax(logits / temperature, dim=-1)
-    logprobs = log_softmax.gather(1, targets.masked_fill(~used, 0)[:, None]).squeeze(1)
+    log_softmax = torch.log_softmax(logits / config.temperature, dim=-1)
+    logprobs = log_softmax.gather(1, inputs.targets.masked_fill(~used, 0)[:, None]).squeeze(1)
 
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
     log_ratio = (logprobs - old).masked_fill(~used, 0.0)
-    lower, upper = 1.0 - epsilon_low, 1.0 + epsilon_high
+    lower, upper = 1.0 - config.epsilon_low, 1.0 + config.epsilon_high
     ratio = log_ratio.detach().exp()
     clipped = torch.where(advantages > 0, ratio > upper, ratio < lower) & (advantages != 0) & used
     bound = torch.full_like(advantages, lower).masked_fill(advantages > 0, upper)
     idle = clipped | (advantages == 0)  # min() takes the bound there, and exp must not overflow beside it
-    token_loss = -advantages * torch.where(clipped, bound, log_ratio.masked_fill(idle, 0.0).exp())
+    losses = -advantages * torch.where(clipped, bound, log_ratio.masked_fill(idle, 0.0).exp())
+    if inputs.sampler_logprobs is not None:
+        mismatch = (old - inputs.sampler_logprobs).masked_fill(~used | (advantages == 0), 0.0)
+        losses = losses * mismatch.exp().clamp(max=config.importance_cap)
 
     kl = torch.zeros_like(logprobs)
-    if ref_logprobs is not None:
-        difference = (ref_logprobs - logprobs).masked_fill(~used, 0.0)
+    if inputs.ref_logprobs is not None:
+        difference = (inputs.ref_logprobs - logprobs).masked_fill(~used, 0.0)
         kl = torch.expm1(difference) - difference
-        if beta != 0:
-            token_loss = token_loss + beta * kl
-    loss = (weights * token_loss.masked_fill(~used, 0.0)).sum()
-    entropy = None
-    if with_entropy:
-        entropy = _entropy(log_softmax.detach()).masked_fill(~used, 0.0)
-    return loss, logprobs.detach().masked_fill(~used, 0.0), clipped, kl.detach(), entropy
+        if config.beta != 0:
+            losses = losses + config.beta * kl
+    losses = weights * losses.masked_fill(~used, 0.0)
+    entropy = _entropy(log_softmax.detach()).masked_fill(~used, 0.0) if with_entropy else None
+    return losses, logprobs.detach().masked_fill(~used, 0.0), clipped, kl.detach(), entropy
+
+
+def loss_rows(
+    logits: torch.Tensor, inputs: RowInputs, config: LossConfig, with_entropy: bool, gradient: str
+) -> RowOutputs:
+    """As `rows.loss_rows`; `inputs` have the dtype of the computation."""
+    leaf = logits.detach().to(inputs.weights.dtype).requires_grad_(gradient != "none")
+    with torch.set_grad_enabled(leaf.requires_grad):
+        losses, logprobs, clipped, kl, entropy = token_losses(leaf, inputs, config, with_entropy)
+        dlogits = torch.autograd.grad(losses.sum(), leaf)[0] if leaf.requires_grad else None
+    if dlogits is not None:
+        dlogits = dlogits.to(logits.dtype) if gradient == "new" else logits.detach().copy_(dlogits)
+    return RowOutputs(losses.detach(), logprobs, clipped, kl, entropy, dlogits)
 
 
 def _entropy(log_softmax: torch.Tensor) -> torch.Tensor:

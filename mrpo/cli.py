@@ -1,95 +1,81 @@
-"""The `mrpo` command: show the configuration, start training, remake the shipped policy."""
+"""The `mrpo` command: finds the subcommand, runs it, and turns what goes wrong into an exit status."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import mrpo
+from mrpo.commands.parser import CommandParser
 from mrpo.errors import UserError
-from mrpo.help import config_help
-from mrpo.settings import load_config, to_yaml
+
+# Modules of mrpo.commands, in the order of a project's work.
+COMMANDS = ("doctor", "data", "config", "train", "infer", "eval", "report", "warm_start", "completion")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+_EPILOG = """\
+examples:
+  mrpo doctor --config configs/qwen3_vl_8b.yaml data.root=DATA/vqa-rad
+  mrpo data prepare vqa_rad --root DATA/vqa-rad --out vqa_rad.jsonl
+  mrpo train data.name=prepared data.file=vqa_rad.jsonl output_dir=runs/mine
+  mrpo infer --model runs/mine/policy --data vqa_rad.jsonl --out mine.jsonl
+  mrpo eval mine.jsonl --out evaluation
+  mrpo report runs/mine evaluation --out site
+  source <(mrpo completion bash)
+
+exit status:
+  0    done
+  1    a check found problems (data check, doctor)
+  2    bad input: the message on stderr says what is wrong and what would be right
+  130  stopped by Ctrl-C
+
+`mrpo COMMAND --help` explains a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the return value is the exit status (2: input that the user can mend)."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    options = [argument for argument in rest if argument.startswith("-")]
-    if args.command == "config" and options:
-        parser.error(f"unknown option {options[0]}; settings are given as section.key=value")
-    if args.command == "warm-start" and rest:
-        parser.error(f"unknown argument {rest[0]}")
-    try:
-        if args.command == "config":
-            print(to_yaml(load_config(args.config, rest)), end="")
-        elif args.command == "warm-start":
-            from mrpo.warm_start import make_warm_start
+    """Runs one subcommand; the return value is the exit status.
 
-            print(f"wrote {make_warm_start(args.out, train_command(1, args.master_port, []))}")
+    Raises:
+        SystemExit: `--help`, `--version` (status 0), or a command line that cannot be parsed (status 2).
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.command is None:
+            parser.print_help()
+            status = 0
         else:
-            command = train_command(args.num_gpus, args.master_port, rest)
-            os.execv(command[0], command)
+            status = args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"mrpo: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader is gone, as in `mrpo config | head -1`; what is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return status
 
 
-def train_command(num_processes: int | None, master_port: int | None, arguments: Sequence[str]) -> list[str]:
-    """The launcher's command line; without a number of processes it starts one per GPU, or one on a CPU machine."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    if num_processes is not None:
-        command += ["--num_gpus", str(num_processes)]
-    if master_port is not None:
-        command += ["--master_port", str(master_port)]
-    return [*command, str(Path(mrpo.__file__).parent / "train.py"), *arguments]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mrpo", description="Step-aware reinforcement learning for medical VLMs")
+def build_parser() -> CommandParser:
+    """The parser of `mrpo` with all its subcommands."""
+    parser = CommandParser(
+        prog="mrpo",
+        description="Step-aware reinforcement learning for medical vision-language models.",
+        epilog=_EPILOG,
+    )
     parser.add_argument("--version", action="version", version=f"mrpo {mrpo.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    config = commands.add_parser(
-        "config",
-        help="print the whole configuration that a file and key=value items give, as YAML",
-        usage="%(prog)s [-h] [--config FILE] [key=value ...]",
-        description="Prints the whole configuration as YAML. key=value items win over the file, later over earlier.",
-        epilog=config_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    config.add_argument("--config", type=Path, metavar="FILE", help="YAML file")
-
-    train = commands.add_parser(
-        "train",
-        help="train under the DeepSpeed launcher",
-        usage="%(prog)s [-h] [--num-gpus N] [--master-port PORT] [--config FILE] [--resume] [key=value ...]",
-        description="Starts mrpo/train.py under the DeepSpeed launcher; all other arguments go to it unchanged.",
-        epilog=config_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    train.add_argument(
-        "--num-gpus", "--num_gpus", type=int, metavar="N", help="processes, on a CPU too; default: one per GPU"
-    )
-    train.add_argument(
-        "--master-port", "--master_port", type=int, metavar="PORT", help="port of process 0; set it for a second run"
-    )
-
-    warm_start = commands.add_parser(
-        "warm-start",
-        help="train the tiny policy that ships with the package, from nothing",
-        description="Builds a random tiny Qwen3-VL and teaches it phantom scans by SFT, at last on flawed rationales.",
-    )
-    warm_start.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: over the shipped one")
-    warm_start.add_argument(
-        "--master-port", type=int, metavar="PORT", help="port of process 0; set it for a second run"
-    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name in COMMANDS:
+        importlib.import_module(f"mrpo.commands.{name}").add_parser(commands)
     return parser
 
 

@@ -39,14 +39,49 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Questions to train and evaluate on."""
 
-    name: Literal["phantom", "vqa_rad"] = Field("phantom", description="Data set")
-    root: Path | None = Field(None, description="Folder of the data set's files; `phantom` needs none")
+    name: Literal[
+        "phantom",
+        "vqa_rad",
+        "slake",
+        "path_vqa",
+        "pmc_vqa",
+        "vqa_med",
+        "quilt_vqa",
+        "rad_vqa",
+        "mimic_vqa",
+        "prepared",
+        "generic",
+    ] = Field("phantom", description="Data set; `prepared`: what `mrpo data prepare` wrote; `generic`: your own rows")
+    root: Path | None = Field(
+        None, description="Folder of the data set's files; `prepared`, `generic`: folder of the images, if another"
+    )
+    file: Path | None = Field(
+        None, description="`prepared`: JSONL file; `generic`: JSON, JSONL or Parquet file, data set folder or hub id"
+    )
+    eval_file: Path | None = Field(
+        None, description="`prepared`, `generic`: where evaluation questions come from; null: data.file, too"
+    )
+    gold: Path | None = Field(
+        None, description="Folder of MedThink's gold rationales (vqa_rad, slake, path_vqa); null: none"
+    )
     seed: int = Field(0, description="Seed of generated data (phantom)")
     train_size: Positive | None = Field(None, description="Use only the first N training questions; default: all")
     eval_size: Positive | None = Field(512, description="Held-out questions per evaluation; null: all")
     corruption: Share = Field(0.0, description="Share of phantom rationales told of a misread scene (sft)")
     on_error: Literal["raise", "skip"] = Field("raise", description="What to do with a broken row or image")
     max_image_pixels: Positive = Field(802_816, description="Larger images are scaled down, keeping their shape")
+
+    def problems(self) -> list[str]:
+        """What the fields lack together, in the words of the whole configuration."""
+        problems = []
+        if self.name in ("prepared", "generic"):
+            if self.file is None:
+                problems.append(f"data.file must name the questions of data.name={self.name}")
+        elif self.name != "phantom" and self.root is None:
+            problems.append(f"data.root must name the folder of {self.name}'s files")
+        if self.gold is not None and self.name not in ("vqa_rad", "slake", "path_vqa"):
+            problems.append(f"data.gold={self.gold}: MedThink explains vqa_rad, slake and path_vqa, not {self.name}")
+        return problems
 
 
 class PromptConfig(Section):
@@ -230,8 +265,7 @@ class Config(Section):
                 problems.append(f"optim.batch_size={batch_size} must be a multiple of rollout.group_size={group_size}")
             if self.loss.beta > 0 and self.loss.reference == "none":
                 problems.append(f"loss.beta={self.loss.beta} needs a reference policy: set loss.reference=start")
-        if self.data.name != "phantom" and self.data.root is None:
-            problems.append(f"data.root must name the folder of {self.data.name}'s files")
+        problems += self.data.problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -42,6 +42,18 @@ def failure_bin(ffp: float) -> int:
     return _bin(ffp, NUM_BINS)
 
 
+def first_failure_stage(validity: Sequence[bool]) -> Stage | None:
+    """The stage of the first invalid step, or None when no step is invalid."""
+    point = first_failure_point(validity)
+    return None if point is None else failure_stage(point)
+
+
+def first_failure_bin(validity: Sequence[bool]) -> int | None:
+    """The bin of the first invalid step, or None when no step is invalid."""
+    point = first_failure_point(validity)
+    return None if point is None else failure_bin(point)
+
+
 def _bin(value: float, count: int) -> int:
     return bisect_left([(i + 1) / count for i in range(count)], value)
 

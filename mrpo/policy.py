@@ -8,9 +8,10 @@ gradients over processes, hence the factor `world_size`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,24 @@ from torch.nn.utils import get_total_norm
 from mrpo.backbones import Processor, write_prompt_style
 from mrpo.batching import DenseBatch, Row, collate
 from mrpo.config import Config, LossConfig
-from mrpo.kernels import PolicyLoss, policy_loss
+from mrpo.errors import UserError
+from mrpo.kernels import fused_linear_policy_loss, linear_logprobs
 from mrpo.runtime import Runtime
+
+
+class PolicyHead(nn.Linear):
+    """A language-model head that can return log-probabilities or the loss instead of logits, which it never holds.
+
+    ZeRO-3 gathers a module's weight around that module's own forward pass, so the fused operators run here. Outputs are
+    tuples, in which its hooks find the tensors.
+    """
+
+    def forward(self, hidden: torch.Tensor, operator: HeadOperator | None = None) -> Any:
+        return super().forward(hidden) if operator is None else operator(hidden, self.weight, self.bias)
+
+
+# (hidden [N, H], weight [V, H], bias [V] or None) -> tensors
+HeadOperator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor | None, ...]]
 
 
 class PolicyModule(nn.Module):
@@ -31,17 +48,35 @@ class PolicyModule(nn.Module):
 
     def __init__(self, model: Any, config: LossConfig, temperature: float) -> None:
         super().__init__()
+        if type(model.lm_head) not in (nn.Linear, PolicyHead):
+            raise UserError(f"the policy's head must be a plain Linear, not a {type(model.lm_head).__name__}")
+        model.lm_head.__class__ = PolicyHead
         self.model = model
         self._config = config
         self._temperature = temperature
 
-    def forward(self, batch: DenseBatch, entropy: bool = False) -> tuple[torch.Tensor, PolicyLoss]:
-        """The summed loss of the batch's N tokens (a scalar) and the per-token quantities, detached."""
-        hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden.flatten(0, 1)[batch.predicting])
-        result = policy_loss(
-            logits,
+    def forward(self, batch: DenseBatch, only_logprobs: bool = False) -> tuple[torch.Tensor | None, ...]:
+        """The summed loss of the batch's N tokens, [], then logprobs, clipped, KL and entropy, [N], detached.
+
+        With `only_logprobs`, just the log-probabilities of all N tokens.
+        """
+        hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        operator = self._logprobs if only_logprobs else self._loss
+        return self.model.lm_head(hidden[batch.predicting], partial(operator, batch))
+
+    def _logprobs(
+        self, batch: DenseBatch, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return linear_logprobs(hidden, weight, batch.targets, bias=bias, temperature=self._temperature)
+
+    def _loss(
+        self, batch: DenseBatch, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        result = fused_linear_policy_loss(
+            hidden,
+            weight,
             batch.targets,
+            bias=bias,
             advantages=batch.advantages,
             weights=batch.weights,
             old_logprobs=batch.old_logprobs,
@@ -50,16 +85,17 @@ class PolicyModule(nn.Module):
             epsilon_high=self._config.epsilon_high,
             beta=self._config.beta if batch.ref_logprobs is not None else 0.0,
             temperature=self._temperature,
-            with_entropy=entropy,
+            with_entropy=True,
         )
-        return result.loss, result
+        return result.loss, result.logprobs, result.clipped, result.kl, result.entropy
 
 
 @dataclass(frozen=True)
 class UpdateStats:
     """Sums over this process's tokens in one update, and the gradient norm of all.
 
-    `sums` is float64 of loss, nll (both weighted), kl, clipped low, clipped high, entropy, tokens.
+    `sums` is float64 of loss, nll (both weighted), kl, clipped low, clipped high, entropy, and the number of tokens
+    that these were computed for: those that the loss depends on.
     """
 
     sums: torch.Tensor
@@ -135,9 +171,9 @@ class Policy:
         sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64)
         for i, chunk in enumerate(chunks):
             self.engine.set_gradient_accumulation_boundary(i == len(chunks) - 1)
-            loss, result = self.engine(self._collate(chunk), entropy=True)
+            loss, *values = self.engine(self._collate(chunk))
             self._require_finite(loss, chunk)
-            sums += _stat_sums(result, chunk)
+            sums += self._stat_sums(loss, values, chunk)
             self.engine.backward(loss * self._runtime.world_size)
         own_norm = self._plain_grad_norm()
         self.engine.step()
@@ -167,8 +203,8 @@ class Policy:
         with torch.no_grad():
             for chunk in self._micro_batches(rows):
                 bare = [replace(row, old_logprobs=None, ref_logprobs=None) for row in chunk]
-                _, result = module(self._collate(bare))
-                logprobs += result.logprobs.cpu().split([len(row.token_ids) for row in chunk])
+                found, *_ = module(self._collate(bare), only_logprobs=True)
+                logprobs += found.cpu().split([len(row.token_ids) for row in chunk])
         return logprobs
 
     def _plain_grad_norm(self) -> torch.Tensor | None:
@@ -176,6 +212,24 @@ class Policy:
         if self._config.deepspeed.zero_stage > 0 or self._config.model.dtype != "float32":
             return None
         return get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+
+    def _stat_sums(self, loss: torch.Tensor, values: Sequence[torch.Tensor], chunk: Sequence[Row]) -> torch.Tensor:
+        """`UpdateStats.sums` of one micro-batch. What the clip cut is low or high by the sign of the advantage."""
+        logprobs, clipped, kl, entropy = (value.cpu() for value in values)
+        weights = torch.cat([row.weights for row in chunk]).double()
+        advantages = torch.cat([row.advantages for row in chunk])
+        # The other tokens were dropped before the head.
+        computed = (weights > 0) & ((advantages != 0) | (chunk[0].ref_logprobs is not None))
+        sums = {
+            "loss": loss.detach().cpu(),
+            "nll": -(logprobs.double() * weights).sum(),
+            "kl": kl.double().sum(),
+            "clip/low": (clipped & (advantages < 0)).sum(),
+            "clip/high": (clipped & (advantages > 0)).sum(),
+            "entropy": entropy.double().sum(),
+            "tokens": computed.sum(),
+        }
+        return torch.stack([sums[name].double() for name in STAT_NAMES])
 
     def _micro_batches(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
         size = self._config.optim.micro_batch_size
@@ -237,20 +291,3 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _stat_sums(result: PolicyLoss, chunk: Sequence[Row]) -> torch.Tensor:
-    """`UpdateStats.sums` of one micro-batch. What the clip cut is low or high by the sign of the advantage."""
-    weights = torch.cat([row.weights for row in chunk]).double()
-    rising = torch.cat([row.advantages for row in chunk]) > 0
-    clipped = result.clipped.cpu()
-    sums = {
-        "loss": result.loss.detach().double().cpu(),
-        "nll": -(result.logprobs.cpu().double() * weights).sum(),
-        "kl": result.kl.double().sum().cpu(),
-        "clip/low": (clipped & ~rising).double().sum(),
-        "clip/high": (clipped & rising).double().sum(),
-        "entropy": torch.zeros(()) if result.entropy is None else result.entropy.double().sum().cpu(),
-        "tokens": (weights > 0).double().sum(),
-    }
-    return torch.stack([sums[name].double() for name in STAT_NAMES])

@@ -30,6 +30,14 @@ class Example:
     split: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the images; of a file only its header is read.
+
+        Raises:
+            OSError: a file is missing or is not an image.
+        """
+        return [_size(image) for image in self.images]
+
     def load_images(self) -> list[Image.Image]:
         """The images as RGB pictures.
 
@@ -37,6 +45,13 @@ class Example:
             OSError: a file is missing or is not an image.
         """
         return [_open_rgb(image) for image in self.images]
+
+
+def _size(image: Path | Image.Image) -> tuple[int, int]:
+    if isinstance(image, Image.Image):
+        return image.size
+    with Image.open(image) as opened:
+        return opened.size
 
 
 def _open_rgb(image: Path | Image.Image) -> Image.Image:
@@ -131,11 +146,16 @@ class EncodedPrompt:
 
     input_ids: (T,) int64; token_type_ids: (T,) int64, 1 at image tokens; images: the vision tower's inputs, first
     dimension over patches or tiles, so that prompts are batched by concatenation.
+
+    For engines that process images and expand their tokens themselves, `text_ids` is the prompt with one placeholder
+    an image and `pictures` are the images, scaled down to the pixel limit.
     """
 
     input_ids: torch.Tensor
     token_type_ids: torch.Tensor
     images: Mapping[str, torch.Tensor]
+    text_ids: tuple[int, ...]
+    pictures: tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True)

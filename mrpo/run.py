@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from mrpo.backbones import Processor, load_model, load_processor
@@ -18,6 +17,7 @@ from mrpo.config import Config
 from mrpo.data import load_dataset
 from mrpo.data.order import steps_for
 from mrpo.errors import UserError
+from mrpo.evaluated import read_evaluated, write_evaluated
 from mrpo.evaluation import Evaluation, evaluate
 from mrpo.help import config_help
 from mrpo.judge import Judge, make_judge
@@ -100,8 +100,8 @@ def load_inputs(config: Config) -> Inputs:
         )
     processor = load_processor(config)
     require_packages(config.log)
-    judge = make_judge(config.judge, config.data.name)
     train_set, eval_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    judge = make_judge(config.judge, train_set[0].metadata.get("dataset", config.data.name))
     if config.algorithm == "sft" and not train_set[0].rationale:
         raise UserError(f"algorithm=sft imitates gold rationales, and data.name={config.data.name} has none")
     for example in (train_set[0], eval_set[0]):
@@ -227,12 +227,12 @@ def _evaluate_start(
     """The evaluation of the start policy; a continued run reads what it wrote, as the start policy is gone."""
     path = config.output_dir / "evaluation-before.json"
     if start_step > 0:
-        return _read_evaluation(path) if path.is_file() else None
+        return read_evaluated(path) if path.is_file() else None
     if not config.eval.at_start:
         return None
     samples = measure("before").samples
     if runtime.is_main:
-        _write_evaluation(path, samples)
+        write_evaluated(path, samples)
     return samples
 
 
@@ -240,7 +240,7 @@ def _report(config: Config, log: RunLog, before: list[EvaluatedSample] | None, a
     """Files and tables that end a run."""
     folder = config.output_dir
     if after is not None:
-        _write_evaluation(folder / "evaluation-after.json", after.samples)
+        write_evaluated(folder / "evaluation-after.json", after.samples)
         for sample in after.shown:
             log.message(render_sample(sample))
     if before is not None and after is not None:
@@ -254,16 +254,3 @@ def _report(config: Config, log: RunLog, before: list[EvaluatedSample] | None, a
         if present:
             draw_failures(present, folder / "failures.png")
     log.message(f"wrote {folder}")
-
-
-def _write_evaluation(path: Path, samples: Sequence[EvaluatedSample]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(sample) for sample in samples]), encoding="utf-8")
-    partial.rename(path)
-
-
-def _read_evaluation(path: Path) -> list[EvaluatedSample]:
-    records = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        EvaluatedSample(**{**r, "validity": None if r["validity"] is None else tuple(r["validity"])}) for r in records
-    ]

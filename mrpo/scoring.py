@@ -7,13 +7,14 @@ metrics are computed from the table of the whole batch, so they do not depend on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from mrpo.config import Config
+from mrpo.config import Config, RewardConfig
 from mrpo.judge import Judge
 from mrpo.metrics import failure_accumulation_rate, failure_stage, first_failure_point
-from mrpo.records import Completion, Example, Group, JudgeRequest, ScoredCompletion, Verdict
+from mrpo.records import Completion, Example, Group, JudgeRequest, ScoredCompletion, Step, Verdict
 from mrpo.rewards import AnswerReward, Rewards, length_reward, process_reward
 from mrpo.steps import extract_answer, find_steps
 
@@ -38,6 +39,16 @@ COLUMNS = (
 NAN = float("nan")
 
 
+@dataclass(frozen=True)
+class ParsedCompletion:
+    """A completion of `example`, taken apart into reasoning steps and the text of its answer (None: no answer tag)."""
+
+    example: Example
+    completion: Completion
+    steps: tuple[Step, ...]
+    answer: str | None
+
+
 class Scorer:
     """Finds steps, asks the judge and computes the rewards."""
 
@@ -50,27 +61,35 @@ class Scorer:
 
     def score(self, groups: Sequence[Group]) -> list[ScoredCompletion]:
         """Every completion of `groups`, prompt by prompt."""
-        pairs = [(group.example, completion) for group in groups for completion in group.completions]
-        steps = [tuple(find_steps(c.token_ids, self._tokenizer, think_tag=self._think_tag)) for _, c in pairs]
-        answers = [extract_answer(c.text, think_tag=self._think_tag) for _, c in pairs]
-        requests = [
-            JudgeRequest(example, tuple(step.text for step in found), answer)
-            for (example, _), found, answer in zip(pairs, steps, answers, strict=True)
-        ]
-        verdicts = self._judge.judge(requests)
-        answer_rewards = self._answer_reward(answers, [example.answer for example, _ in pairs])
-        scored = []
-        for (_, completion), answer, found, verdict, (value, parts) in zip(
-            pairs, answers, steps, verdicts, answer_rewards, strict=True
-        ):
-            rewards = Rewards(
-                answer=value,
-                process=process_reward(verdict, len(found)),
-                length=length_reward(len(found), self._config.reward.min_steps, self._config.reward.max_steps),
-                answer_parts=parts,
+        parsed = [
+            ParsedCompletion(
+                group.example,
+                completion,
+                tuple(find_steps(completion.token_ids, self._tokenizer, think_tag=self._think_tag)),
+                extract_answer(completion.text, think_tag=self._think_tag),
             )
-            scored.append(ScoredCompletion(completion, answer, found, verdict, rewards))
-        return scored
+            for group in groups
+            for completion in group.completions
+        ]
+        return score_parsed(parsed, judge=self._judge, answer_reward=self._answer_reward, config=self._config.reward)
+
+
+def score_parsed(
+    parsed: Sequence[ParsedCompletion], *, judge: Judge, answer_reward: AnswerReward, config: RewardConfig
+) -> list[ScoredCompletion]:
+    """Asks the judge about the steps and computes the rewards of completions that were taken apart before."""
+    verdicts = judge.judge([JudgeRequest(p.example, tuple(step.text for step in p.steps), p.answer) for p in parsed])
+    answer_rewards = answer_reward([p.answer for p in parsed], [p.example.answer for p in parsed])
+    scored = []
+    for item, verdict, (value, parts) in zip(parsed, verdicts, answer_rewards, strict=True):
+        rewards = Rewards(
+            answer=value,
+            process=process_reward(verdict, len(item.steps)),
+            length=length_reward(len(item.steps), config.min_steps, config.max_steps),
+            answer_parts=parts,
+        )
+        scored.append(ScoredCompletion(item.completion, item.answer, item.steps, verdict, rewards))
+    return scored
 
 
 def score_table(scored: Sequence[ScoredCompletion], tau: float) -> torch.Tensor:

@@ -23,7 +23,7 @@ from mrpo.policy import STAT_NAMES, NonFiniteLossError, Policy, UpdateStats
 from mrpo.records import Example, Group, ScoredCompletion, Verdict
 from mrpo.rollout import RolloutEngine, SamplingParams
 from mrpo.runtime import Runtime
-from mrpo.samples import sample_record
+from mrpo.samples import sample_record, save_images
 from mrpo.schedule import learning_rate
 from mrpo.scoring import PARTS, Scorer, columns, make_groups, score_table, total_reward
 from mrpo.seeding import derive_seed
@@ -83,7 +83,9 @@ class Trainer:
             lr = learning_rate(self.config.optim, step, self.total_steps)
             stats = self._update(rows, lr, step)
         self._log_samples(step, groups, scored, rows)
-        return self._score_metrics(table) | self._update_metrics(stats, lr)
+        metrics = self._update_metrics(stats, lr)
+        del metrics["nll"]  # of the tokens with an advantage alone
+        return self._score_metrics(table) | metrics
 
     def _sft_step(self, step: int) -> dict[str, float]:
         """One step of supervised fine-tuning: the loss of the target's tokens, advantage 1 and ratio 1."""
@@ -229,10 +231,16 @@ class Trainer:
     def _log_samples(
         self, step: int, groups: Sequence[Group], scored: Sequence[ScoredCompletion], rows: Sequence[Row]
     ) -> None:
+        if not self.runtime.is_main:
+            return
         examples = [group.example for group in groups for _ in group.completions]
         count = self.config.log.samples
         picked = range(0, len(scored), max(1, len(scored) // max(1, count)))[:count]
-        self.log.log_samples(step + 1, [sample_record(examples[i], scored[i], rows[i].advantages) for i in picked])
+        records = [
+            sample_record(examples[i], scored[i], rows[i].advantages, save_images(examples[i], self.config.output_dir))
+            for i in picked
+        ]
+        self.log.log_samples(step + 1, records)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before anyone imports triton: without a GPU its kernels are tested under its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before any model is built: two busy threads on two cores make tiny models many times slower.
 torch.set_num_threads(1)

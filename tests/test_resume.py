@@ -127,3 +127,10 @@ def test_the_exported_policy_loads_with_the_auto_classes(uninterrupted: Path) ->
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert AutoImageProcessor.from_pretrained(folder, backend="pil").patch_size == 8
     assert json.loads((folder / "mrpo_prompt.json").read_text()) == {"think_tag": "thinking", "instruction": ""}
+
+
+def test_samples_name_the_images_that_the_run_keeps(uninterrupted: Path) -> None:
+    samples = [json.loads(line) for line in (uninterrupted / "samples.jsonl").read_text().splitlines()]
+    named = {image for sample in samples for image in sample["images"]}
+    assert named == {f"images/{file.name}" for file in (uninterrupted / "images").iterdir()}
+    assert len(named) > 1

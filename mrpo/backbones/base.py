@@ -8,15 +8,17 @@ the expansion of image placeholders happens here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
 
 from mrpo.errors import UserError
 from mrpo.records import EncodedPrompt, Example
+
+T = TypeVar("T")
 
 
 class Family(Protocol):
@@ -30,6 +32,14 @@ class Family(Protocol):
         self, image_processor: Any, images: Sequence[Image.Image], config: Any
     ) -> tuple[dict[str, torch.Tensor], list[int]]:
         """The vision tower's inputs for `images` and the number of image tokens of each."""
+        ...
+
+    def count_image_tokens(self, image_processor: Any, width: int, height: int, config: Any) -> int:
+        """The number of image tokens of an image of this size."""
+        ...
+
+    def processor_options(self, image_processor: Any) -> dict[str, Any]:
+        """What transformers' own processor of the family must be told to treat images as `process_images` does."""
         ...
 
     def placeholder(self, num_tokens: int) -> tuple[str, str]:
@@ -66,28 +76,22 @@ class Processor:
         Raises:
             UserError: the prompt is longer than `prompt.max_tokens`, or an image cannot be read.
         """
-        images = [shrink(image, self.max_image_pixels) for image in _load(example)]
-        tensors, counts = self.family.process_images(self.image_processor, images, self.model_config)
-        text = self._chat_text(example.question, len(images))
-        for count in counts:
-            placeholder, expanded = self.family.placeholder(count)
-            # A private marker keeps an expanded image from being expanded again.
-            text = text.replace(placeholder, expanded.replace(placeholder, "\0"), 1)
-        if counts:
-            text = text.replace("\0", self.family.placeholder(1)[0])
-        input_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
-        if len(input_ids) > self.max_prompt_tokens:
-            raise UserError(
-                f"example {example.id}: its prompt takes {len(input_ids)} tokens, above prompt.max_tokens="
-                f"{self.max_prompt_tokens}; raise that, or lower data.max_image_pixels={self.max_image_pixels}"
-            )
+        pictures = tuple(shrink(image, self.max_image_pixels) for image in _readable(example, Example.load_images))
+        tensors, counts = self.family.process_images(self.image_processor, pictures, self.model_config)
+        text_ids, token_ids = self._token_ids(example, counts)
+        input_ids = torch.tensor(token_ids)
         token_type_ids = (input_ids == self.model_config.image_token_id).long()
-        if int(token_type_ids.sum()) != sum(counts):
-            raise UserError(
-                f"example {example.id}: its text contains the image placeholder of {self.model_config.model_type}, "
-                f"so {int(token_type_ids.sum())} image tokens stand where {sum(counts)} belong"
-            )
-        return EncodedPrompt(input_ids, token_type_ids, tensors)
+        return EncodedPrompt(input_ids, token_type_ids, tensors, text_ids, pictures)
+
+    def count_prompt_tokens(self, example: Example) -> int:
+        """The length of `encode_prompt(example).input_ids`, from the sizes of the images without decoding a pixel.
+
+        Raises:
+            UserError: as `encode_prompt`, but for images that turn out broken after their header.
+        """
+        sizes = [shrunk_size(size, self.max_image_pixels) for size in _readable(example, Example.image_sizes)]
+        counts = [self.family.count_image_tokens(self.image_processor, *size, self.model_config) for size in sizes]
+        return len(self._token_ids(example, counts)[1])
 
     def encode_target(self, rationale: str, answer: str) -> tuple[int, ...]:
         """Token ids of the completion that SFT teaches: think block, answer, end token.
@@ -106,6 +110,29 @@ class Processor:
         """The text of a completion without special tokens."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def _token_ids(self, example: Example, counts: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+        """The prompt's ids with one placeholder an image, and with each image's `counts` tokens."""
+        text = expanded_text = self._chat_text(example.question, len(counts))
+        for count in counts:
+            placeholder, expanded = self.family.placeholder(count)
+            # A private marker keeps an expanded image from being expanded again.
+            expanded_text = expanded_text.replace(placeholder, expanded.replace(placeholder, "\0"), 1)
+        if counts:
+            expanded_text = expanded_text.replace("\0", self.family.placeholder(1)[0])
+        text_ids, token_ids = self.tokenizer([text, expanded_text], add_special_tokens=False).input_ids
+        if len(token_ids) > self.max_prompt_tokens:
+            raise UserError(
+                f"example {example.id}: its prompt takes {len(token_ids)} tokens, above prompt.max_tokens="
+                f"{self.max_prompt_tokens}; raise that, or lower data.max_image_pixels={self.max_image_pixels}"
+            )
+        num_image_tokens = token_ids.count(self.model_config.image_token_id)
+        if num_image_tokens != sum(counts):
+            raise UserError(
+                f"example {example.id}: its text contains the image placeholder of {self.model_config.model_type}, "
+                f"so {num_image_tokens} image tokens stand where {sum(counts)} belong"
+            )
+        return tuple(text_ids), token_ids
+
     def _chat_text(self, question: str, num_images: int) -> str:
         text = f"{question}\n{self.instruction}" if self.instruction else question
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
@@ -116,11 +143,17 @@ class Processor:
 
 def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
     """`image` scaled down to at most `max_pixels`, its shape kept; smaller images are returned as they are."""
-    width, height = image.size
+    size = shrunk_size(image.size, max_pixels)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def shrunk_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """(width, height) of `shrink`'s result for an image of `size`."""
+    width, height = size
     if width * height <= max_pixels:
-        return image
+        return size
     scale = math.sqrt(max_pixels / (width * height))
-    return image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
+    return max(1, int(width * scale)), max(1, int(height * scale))
 
 
 def batch_images(prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
@@ -134,8 +167,8 @@ def to_device(tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: 
     return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in tensors.items()}
 
 
-def _load(example: Example) -> list[Image.Image]:
+def _readable(example: Example, read: Callable[[Example], list[T]]) -> list[T]:
     try:
-        return example.load_images()
+        return read(example)
     except OSError as error:
         raise UserError(f"example {example.id}: its image cannot be read: {error}") from error

@@ -23,6 +23,13 @@ class InternVL:
         tiles = torch.as_tensor(features["num_patches"]).tolist()
         return {"pixel_values": features["pixel_values"]}, [n * config.image_seq_length for n in tiles]
 
+    def count_image_tokens(self, image_processor: Any, width: int, height: int, config: Any) -> int:
+        return image_processor.get_number_of_image_patches(height, width) * config.image_seq_length
+
+    def processor_options(self, image_processor: Any) -> dict[str, Any]:
+        # InternVLProcessor cuts images into tiles whatever the checkpoint says.
+        return {"crop_to_patches": image_processor.crop_to_patches}
+
     def placeholder(self, num_tokens: int) -> tuple[str, str]:
         return "<IMG_CONTEXT>", f"<img>{'<IMG_CONTEXT>' * num_tokens}</img>"
 

@@ -27,6 +27,12 @@ class QwenVL:
         counts = (grid.prod(dim=1) // image_processor.merge_size**2).tolist()
         return {"pixel_values": features["pixel_values"], "image_grid_thw": grid}, counts
 
+    def count_image_tokens(self, image_processor: Any, width: int, height: int, config: Any) -> int:
+        return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+
+    def processor_options(self, image_processor: Any) -> dict[str, Any]:
+        return {}
+
     def placeholder(self, num_tokens: int) -> tuple[str, str]:
         return "<|image_pad|>", "<|image_pad|>" * num_tokens
 

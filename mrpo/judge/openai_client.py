@@ -1,30 +1,19 @@
-"""A judge model behind any OpenAI-compatible endpoint (OpenAI, vLLM, SGLang, ...).
-
-Requests run concurrently up to a bound. The openai package retries what may pass (connection, time-out, 408, 409, 429,
-5xx) and waits as long as Retry-After says; an answer that does not fit is asked for once more. Whatever still fails
-makes that one completion `Unjudged`, with the reason, and leaves the others alone.
-"""
+"""Judges that are a model behind an OpenAI-compatible endpoint: of reasoning steps, and of answers."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import Sequence
-from typing import Any, cast
-
-import openai
+from functools import partial
 
 from mrpo.config import JudgeConfig
-from mrpo.errors import UserError
-from mrpo.judge.prompt import RESPONSE_FORMAT, build_messages, parse_verdict
+from mrpo.judge import answer_prompt, prompt
+from mrpo.judge.answers import AnswerRequest
+from mrpo.judge.endpoint import ChatRequest, Endpoint
 from mrpo.records import JudgeRequest, Unjudged, Verdict
-
-LONGEST_RETRY_WAIT = 120.0  # seconds; the openai package does not wait longer than this before a further try
-ASKS = 2  # an answer that does not fit the schema is asked for once more
 
 
 class OpenAIJudge:
-    """Asks `config.model` at `config.base_url` about one completion per request.
+    """Asks about the steps of one completion per request.
 
     Raises:
         UserError: the environment variable `config.api_key_env` is not set; an endpoint of one's own needs none.
@@ -33,71 +22,47 @@ class OpenAIJudge:
     name = "openai"
 
     def __init__(self, config: JudgeConfig) -> None:
-        key = os.environ.get(config.api_key_env, "")
-        if not key and config.base_url is None:
-            raise UserError(
-                f"judge.kind=openai needs a key: set the environment variable {config.api_key_env} "
-                "(judge.api_key_env), or judge.base_url for an endpoint without keys"
-            )
-        self._config = config
-        self._key = key or "EMPTY"
+        self._endpoint = Endpoint(config)
+        self.identity = f"{self._endpoint.identity}, steps, {prompt.VERSION}"
 
     def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
-        """One result per request, in order."""
-        return asyncio.run(self._judge_all(requests))
-
-    async def _judge_all(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
-        config = self._config
-        slots = asyncio.Semaphore(config.concurrency)
-        async with openai.AsyncOpenAI(
-            api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=config.retries
-        ) as client:
-            return await asyncio.gather(*(self._judge_one(client, slots, request) for request in requests))
-
-    async def _judge_one(
-        self, client: openai.AsyncOpenAI, slots: asyncio.Semaphore, request: JudgeRequest
-    ) -> Verdict | Unjudged:
-        if not request.steps:
-            return Verdict(())
-        # The package's time-out is per read, so that a server that drips bytes could hold a request for ever.
-        limit = ASKS * (self._config.retries + 1) * (self._config.timeout + LONGEST_RETRY_WAIT)
-        async with slots:
-            try:
-                return await asyncio.wait_for(self._ask(client, request), limit)
-            except (TimeoutError, openai.OpenAIError, OSError) as error:
-                return Unjudged(self._reason(error))
-
-    async def _ask(self, client: openai.AsyncOpenAI, request: JudgeRequest) -> Verdict | Unjudged:
-        messages = build_messages(request)
-        reason = ""
-        for _ in range(ASKS):
-            try:
-                response = await client.chat.completions.create(
-                    model=self._config.model,
-                    messages=cast(Any, messages),
-                    response_format=cast(Any, RESPONSE_FORMAT),
-                )
-                return parse_verdict(_content(response), request)
-            except ValueError as error:
-                reason = str(error)
-        return Unjudged(reason)
-
-    def _reason(self, error: Exception) -> str:
-        """What went wrong in one short line; endpoints echo keys, so the key is cut out."""
-        text = " ".join(str(error).split()).replace(self._key, "***")
-        return f"{type(error).__name__}: {text[:200]}"
+        """One result per request, in order; a completion without steps needs no asking."""
+        questions = [
+            ChatRequest(
+                partial(prompt.build_messages, request),
+                prompt.RESPONSE_FORMAT,
+                partial(prompt.parse_verdict, request=request),
+            )
+            for request in requests
+            if request.steps
+        ]
+        results = iter(self._endpoint.ask(questions))
+        return [next(results) if request.steps else Verdict(()) for request in requests]
 
 
-def _content(response: Any) -> str:
-    """The text of an answer; servers that are not what they say can return any shape.
+class OpenAIAnswerJudge:
+    """Asks whether one answer says the same as the gold answer, per request.
 
     Raises:
-        ValueError: there is none.
+        UserError: as `OpenAIJudge`.
     """
-    try:
-        content = response.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
-        content = None
-    if not isinstance(content, str):
-        raise ValueError("the endpoint returned no text")
-    return content
+
+    name = "openai"
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._endpoint = Endpoint(config)
+        self.identity = f"{self._endpoint.identity}, answers, {answer_prompt.VERSION}"
+
+    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
+        """One result per request, in order; a missing answer is wrong without asking."""
+        questions = [
+            ChatRequest(
+                partial(answer_prompt.build_messages, request),
+                answer_prompt.RESPONSE_FORMAT,
+                answer_prompt.parse_verdict,
+            )
+            for request in requests
+            if not request.is_empty
+        ]
+        results = iter(self._endpoint.ask(questions))
+        return [False if request.is_empty else next(results) for request in requests]

@@ -8,15 +8,18 @@ says "mark everything valid" stays a string to be judged.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mrpo.records import JudgeRequest, StepVerdict, Verdict
+
+Model = TypeVar("Model", bound=BaseModel)
 
 RUBRIC = """\
 You judge the reasoning steps of an answer to a question about a medical image. You see the image and one JSON record
@@ -53,10 +56,21 @@ class _JudgedSteps(BaseModel):
     steps: list[_JudgedStep]
 
 
-RESPONSE_FORMAT: dict[str, Any] = {
-    "type": "json_schema",
-    "json_schema": {"name": "judged_steps", "strict": True, "schema": _JudgedSteps.model_json_schema()},
-}
+def response_format(name: str, schema: type[BaseModel]) -> dict[str, Any]:
+    """What makes an endpoint answer with the JSON of `schema`."""
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": name, "strict": True, "schema": schema.model_json_schema()},
+    }
+
+
+def prompt_version(*parts: Any) -> str:
+    """A short digest of all that a prompt is made of besides the request: verdicts of another one are not the same."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+RESPONSE_FORMAT = response_format("judged_steps", _JudgedSteps)
+VERSION = prompt_version(RUBRIC, RESPONSE_FORMAT)
 
 
 def build_messages(request: JudgeRequest) -> list[dict[str, Any]]:
@@ -100,14 +114,23 @@ def parse_verdict(text: str, request: JudgeRequest) -> Verdict:
     Raises:
         ValueError: not the JSON asked for, or not exactly one entry for each step in order.
     """
-    try:
-        judged = _JudgedSteps.model_validate_json(text).steps
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"malformed verdict: {first['msg']} at {'.'.join(map(str, first['loc'])) or 'top'}") from None
+    judged = read_answer(text, _JudgedSteps).steps
     if [step.index for step in judged] != list(range(1, len(request.steps) + 1)):
         raise ValueError(f"verdict for steps {[step.index for step in judged]}, expected 1 to {len(request.steps)}")
     has_gold = request.example.rationale is not None
     return Verdict(
         tuple(StepVerdict(step.gold_alignment and has_gold, step.answer_contribution, step.reason) for step in judged)
     )
+
+
+def read_answer(text: str, schema: type[Model]) -> Model:
+    """The JSON of `schema` that `text` is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"malformed verdict: {first['msg']} at {'.'.join(map(str, first['loc'])) or 'top'}") from None

@@ -56,11 +56,19 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
     Raises:
         UserError: `metrics_path` is missing, broken or without a metric that is drawn.
     """
-    series = collect_series(read_json_lines(metrics_path))
+    figure = curves_figure(collect_series(read_json_lines(metrics_path)))
+    if figure is None:
+        raise UserError(f"{metrics_path}: holds no metric to draw; a run writes one line per step")
+    with figure_style():
+        save_png(figure, out_png)
+
+
+def curves_figure(series: Series) -> Figure | None:
+    """The panels of one run; None when `series` holds no metric that is drawn."""
     panels = [(panel, [curve for curve in panel.curves if curve.metric in series]) for panel in _PANELS]
     panels = [(panel, curves) for panel, curves in panels if curves]
     if not panels:
-        raise UserError(f"{metrics_path}: holds no metric to draw; a run writes one line per step")
+        return None
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     with figure_style():
@@ -70,15 +78,15 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
         for place, (panel, curves) in enumerate(panels):
             panel.draw(figure, grid[place // columns, place % columns], panel.title, curves, series)
         figure.supxlabel("global step", fontsize=9.0, color=MUTED)
-        save_png(figure, out_png)
+    return figure
 
 
 def collect_series(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
-    """Every metric's steps and values, without the steps where it is missing or null."""
+    """Every metric's steps and values, without the steps where it is missing, null or not finite."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 points.setdefault(name, []).append((float(record["step"]), float(value)))
     return {name: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for name, pairs in points.items()}
 

@@ -14,14 +14,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from mrpo.metrics import NUM_BINS, STAGES, failure_accumulation_rate
-from mrpo.records import EvaluatedSample
-from mrpo.report.estimates import Estimate, Quantity, estimate_mean, question_ids, sum_by_question
-from mrpo.report.stages import first_failure_bin, first_failure_stage
+from mrpo.estimates import Estimate, estimate_mean, question_ids, sum_by_question
+from mrpo.metrics import NUM_BINS, STAGES
+from mrpo.quantities import Judged, Quantity, incorrect_in_bin, is_in_stage, is_in_stage_of_failures, rate_in_bin
 from mrpo.report.style import EVALUATION_COLORS, INK, MUTED, figure_style, save_png, title_with_legend
 
-Evaluations = Mapping[str, Sequence[EvaluatedSample]]
-Estimator = Callable[[Sequence[EvaluatedSample], Sequence[Quantity]], list[Estimate]]
+Evaluations = Mapping[str, Sequence[Judged]]
+Estimator = Callable[[Sequence[Judged], Sequence[Quantity]], list[Estimate]]
 
 _HOLLOW: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"}
 _LEVEL = 0.95
@@ -45,25 +44,28 @@ def draw_failures(evaluations: Evaluations, out_png: Path, *, seed: int = 0, res
     """
     if not evaluations:
         raise ValueError("evaluations is empty; give at least one")
-    judged = {
-        name: [sample for sample in samples if sample.validity is not None] for name, samples in evaluations.items()
-    }
-    judged = {name: samples for name, samples in judged.items() if samples}
+    judged = only_judged(evaluations)
     estimate = partial(estimate_each, seed=seed, resamples=resamples)
     with figure_style():
         figure = Figure(figsize=(10.4, 7.4), layout=ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.16))
         of_all, of_failures, rate, incorrect = figure.subplots(2, 2).flat
-        _draw_stages_of_all(of_all, judged, estimate)
-        _draw_stages_of_failures(of_failures, judged, estimate)
-        _draw_accumulation(rate, judged, estimate)
-        _draw_incorrect(incorrect, judged, estimate)
+        draw_stages_of_all(of_all, judged, estimate)
+        draw_stages_of_failures(of_failures, judged, estimate)
+        draw_accumulation(rate, judged, estimate)
+        draw_incorrect(incorrect, judged, estimate)
         if not judged:
             figure.suptitle("No completion was judged", color=MUTED)
         save_png(figure, out_png)
 
 
+def only_judged(evaluations: Evaluations) -> dict[str, list[Judged]]:
+    """The judged completions of each evaluation that has some."""
+    judged = {name: [item for item in samples if item.validity is not None] for name, samples in evaluations.items()}
+    return {name: samples for name, samples in judged.items() if samples}
+
+
 def estimate_each(
-    samples: Sequence[EvaluatedSample], quantities: Sequence[Quantity], *, seed: int, resamples: int
+    samples: Sequence[Judged], quantities: Sequence[Quantity], *, seed: int, resamples: int
 ) -> list[Estimate]:
     """The mean of each quantity over `samples`, with its 95 % interval."""
     questions = question_ids(samples)
@@ -73,55 +75,16 @@ def estimate_each(
     ]
 
 
-def is_in_stage(stage: str) -> Quantity:
-    """1 where the first failure is in `stage`, else 0. Stage `none`: the chain has steps and all are valid."""
-
-    def quantity(sample: EvaluatedSample) -> float:
-        validity = sample.validity or ()
-        return float((first_failure_stage(validity) or ("none" if validity else "")) == stage)
-
-    return quantity
-
-
-def is_in_stage_of_failures(stage: str) -> Quantity:
-    """1 where the first failure is in `stage`, 0 where it is in another, undefined without failure."""
-
-    def quantity(sample: EvaluatedSample) -> float | None:
-        found = first_failure_stage(sample.validity or ())
-        return None if found is None else float(found == stage)
-
-    return quantity
-
-
-def rate_in_bin(index: int, *, correct: bool) -> Quantity:
-    """The failure accumulation rate of completions that first fail in bin `index` and answer rightly or wrongly."""
-
-    def quantity(sample: EvaluatedSample) -> float | None:
-        validity = sample.validity or ()
-        if sample.correct != correct or first_failure_bin(validity) != index:
-            return None
-        return failure_accumulation_rate(validity)
-
-    return quantity
-
-
-def incorrect_in_bin(index: int) -> Quantity:
-    """1 where a completion that first fails in bin `index` answers wrongly, 0 where rightly."""
-
-    def quantity(sample: EvaluatedSample) -> float | None:
-        return None if first_failure_bin(sample.validity or ()) != index else float(not sample.correct)
-
-    return quantity
-
-
-def _draw_stages_of_all(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+def draw_stages_of_all(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+    """The share of judged completions that first fail in each stage, and of those that do not fail."""
     _draw_bars(axes, judged, [*STAGES, "none"], is_in_stage, estimate)
     axes.set_xticks(range(4), ["early", "mid", "late", "no failure"])
     axes.set_xlabel("stage of the first failure, of all judged completions")
     title_with_legend(axes, "How many fail, and where first")
 
 
-def _draw_stages_of_failures(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+def draw_stages_of_failures(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+    """The share of each stage among the completions that fail: the paper's figure."""
     _draw_bars(axes, judged, STAGES, is_in_stage_of_failures, estimate)
     axes.set_xticks(range(3), ["early", "mid", "late"])
     axes.set_xlabel("stage of the first failure, of completions that fail")
@@ -139,7 +102,7 @@ def _draw_bars(
     for place, (name, samples) in enumerate(judged.items()):
         estimates = estimate(samples, [make_quantity(stage) for stage in stages])
         left = np.arange(len(stages)) + (place - (len(judged) - 1) / 2) * width
-        color = _color(place)
+        color = evaluation_color(place)
         values = [share.value or 0.0 for share in estimates]
         axes.bar(left, values, width * 0.92, color=color, label=name)
         for x, share in zip(left, estimates, strict=True):
@@ -154,13 +117,14 @@ def _draw_bars(
     axes.grid(axis="x", visible=False)
 
 
-def _draw_accumulation(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+def draw_accumulation(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+    """The failure accumulation rate over bins of the first failure point, by right and wrong answers."""
     for place, (name, samples) in enumerate(judged.items()):
         for correct in (False, True):
             quantities = [rate_in_bin(index, correct=correct) for index in range(NUM_BINS)]
             shift = 0.05 * (2 * place + correct - len(judged) + 0.5)
             label = "" if correct else name
-            _draw_points(axes, estimate(samples, quantities), shift, _color(place), label, hollow=correct)
+            _draw_points(axes, estimate(samples, quantities), shift, evaluation_color(place), label, hollow=correct)
     _bin_axis(axes)
     answers = [Line2D([], [], color=MUTED, marker="o", label="answer wrong")]
     answers.append(Line2D([], [], color=MUTED, marker="o", label="answer right", **_HOLLOW))
@@ -168,10 +132,12 @@ def _draw_accumulation(axes: Axes, judged: Evaluations, estimate: Estimator) -> 
     title_with_legend(axes, "Failure accumulation rate", handles=[*evaluations, *answers], columns=6)
 
 
-def _draw_incorrect(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+def draw_incorrect(axes: Axes, judged: Evaluations, estimate: Estimator) -> None:
+    """The share of wrong answers over bins of the first failure point."""
     for place, (name, samples) in enumerate(judged.items()):
         estimates = estimate(samples, [incorrect_in_bin(index) for index in range(NUM_BINS)])
-        _draw_points(axes, estimates, 0.06 * (place - (len(judged) - 1) / 2), _color(place), name, hollow=False)
+        shift = 0.06 * (place - (len(judged) - 1) / 2)
+        _draw_points(axes, estimates, shift, evaluation_color(place), name, hollow=False)
     _bin_axis(axes)
     title_with_legend(axes, "Wrong answers")
 
@@ -194,5 +160,6 @@ def _bin_axis(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _color(place: int) -> str:
+def evaluation_color(place: int) -> str:
+    """The colour of the evaluation that is drawn in this place."""
     return EVALUATION_COLORS[place % len(EVALUATION_COLORS)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mrpo.metrics import failure_accumulation_rate
+from mrpo.estimates import Estimate, estimate_difference, estimate_mean, question_ids, sum_by_question
+from mrpo.metrics import first_failure_stage
+from mrpo.quantities import far, fully_valid
 from mrpo.records import EvaluatedSample
-from mrpo.report.estimates import (
-    Estimate,
-    Quantity,
-    estimate_difference,
-    estimate_mean,
-    question_ids,
-    sum_by_question,
-)
-from mrpo.report.stages import first_failure_stage
 from mrpo.telemetry.text import UNDEFINED
 
 
@@ -62,7 +55,7 @@ class BeforeAfter:
         for name in ("before", "after", "difference"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
-            styles = ("", "bold", f"bold {_judgement(row)}")
+            styles = ("", "bold", f"bold {row_style(row)}")
             cells = [_two_lines(*cell, style=style) for cell, style in zip(_cells(row), styles, strict=True)]
             table.add_row(_two_lines(row.name, row.over, style=""), *cells)
         return table
@@ -145,21 +138,17 @@ def _early_of_failures(sample: EvaluatedSample) -> float | None:
     return float(first_failure_stage(sample.validity) == "early")
 
 
-def _far(sample: EvaluatedSample) -> float | None:
-    return None if sample.validity is None else failure_accumulation_rate(sample.validity)
-
-
 def _reward(sample: EvaluatedSample) -> float | None:
     # An unjudged completion lacks its process reward: its sum is not comparable with the others.
     return sample.reward if sample.greedy and sample.validity is not None else None
 
 
 def _fully_valid(sample: EvaluatedSample) -> float | None:
-    # A completion without steps has no invalid one, and no chain that could be valid either.
-    if not sample.greedy or sample.validity is None:
-        return None
-    return float(len(sample.validity) > 0 and all(sample.validity))
+    return fully_valid(sample) if sample.greedy else None
 
+
+# Of one completion: its value, or None where the quantity is undefined for it and it does not count.
+Quantity = Callable[[EvaluatedSample], float | None]
 
 # (key, name, over, percent, higher is better, quantity). FAR is taken over sampled completions too, because it is
 # defined only where a step before the last fails, which is rare after training.
@@ -167,7 +156,7 @@ _FIGURES: tuple[tuple[str, str, str, bool, bool, Quantity], ...] = (
     ("accuracy", "answer accuracy", "greedy", True, True, _accuracy),
     ("early_of_all", "early-stage failures", "greedy, judged", True, False, _early_of_all),
     ("early_of_failures", "early share of failures", "greedy, failed", True, False, _early_of_failures),
-    ("far", "failure accumulation rate", "judged, failed", True, False, _far),
+    ("far", "failure accumulation rate", "judged, failed", True, False, far),
     ("reward", "mean reward", "greedy, judged", False, True, _reward),
     ("fully_valid", "fully valid chains", "greedy, judged", True, True, _fully_valid),
 )
@@ -195,7 +184,8 @@ def _two_lines(value: str, note: str, *, style: str) -> Text:
     return Text.assemble((value, style), "\n", (note, "dim"))
 
 
-def _judgement(row: Row) -> str:
+def row_style(row: Row) -> str:
+    """Green for a difference that is better for sure, red for a worse one, "" where its interval holds zero."""
     if row.difference.low is None or row.difference.high is None or row.difference.low <= 0.0 <= row.difference.high:
         return ""
     return "green" if (row.difference.low > 0.0) == row.higher_is_better else "red"

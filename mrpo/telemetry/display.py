@@ -146,10 +146,10 @@ class PlainDisplay:
     def message(self, content: str | RenderableType) -> None:
         _print(self._console, content)
 
-    def begin_stage(self, name: str, total: int | None) -> None:
-        self._stage = _Stage(name, total, self._clock())
+    def begin_stage(self, name: str, total: int | None, done: int = 0) -> None:
+        self._stage = _Stage(name, total, self._clock(), done)
         self._last_stage_line = self._clock()
-        self.message(name if total is None else f"{name}  0/{total}")
+        self.message(name if total is None else f"{name}  {done}/{total}")
 
     def advance_stage(self, count: int) -> None:
         if self._stage is None:
@@ -235,8 +235,8 @@ class LiveDisplay:
 
 
 class _Stage:
-    def __init__(self, name: str, total: int | None, start: float) -> None:
-        self.name, self.total, self.start, self.done = name, total, start, 0
+    def __init__(self, name: str, total: int | None, start: float, done: int = 0) -> None:
+        self.name, self.total, self.start, self.done = name, total, start, done
 
     def count(self) -> str:
         if self.total is None:

@@ -1,4 +1,7 @@
-"""JSON lines that survive a kill: a record is written in one call, and a resumed run cuts what it will write again."""
+"""JSON lines that survive a kill: a record is written in one call, and a resumed run cuts what it will write again.
+
+`JsonLines` keeps records by their `step`; the functions below it serve any other file of records.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mrpo.errors import UserError
 
@@ -22,6 +25,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return [record for _, record in _whole_records(path)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a .jsonl file that a run wrote") from None
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number (from 1) and the JSON object of each line, read as they are asked for; a torn last line is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: a line before the last is not a JSON object.
+    """
+    for number, _, record in whole_lines(path):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; mend or delete the line")
+        yield number, record
 
 
 class JsonLines:
@@ -45,14 +61,39 @@ class JsonLines:
         Raises:
             OSError: the line could not be written whole.
         """
-        content = {key: value for key, value in _json_value(record).items() if key != "step"}
-        line = json.dumps({"step": step, **content}, allow_nan=False).encode() + b"\n"
-        written = self._file.write(line)
-        if written != len(line):
-            raise OSError(f"{self._file.name}: wrote {written} of {len(line)} bytes; is the disk full?")
+        append_line(self._file, {"step": step, **{key: value for key, value in record.items() if key != "step"}})
 
     def close(self) -> None:
         self._file.close()
+
+
+def append_line(file: IO[bytes], record: Mapping[str, Any]) -> None:
+    """Appends `record` to an unbuffered file as one line in one call. NaN and infinities become null: JSON has neither.
+
+    Raises:
+        OSError: the line could not be written whole.
+    """
+    line = json.dumps(_json_value(record), allow_nan=False).encode() + b"\n"
+    written = file.write(line)
+    if written != len(line):
+        raise OSError(f"{file.name}: wrote {written} of {len(line)} bytes; is the disk full?")
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes, Any]]:
+    """Number, bytes and JSON value (None: not JSON) of each line; a last line that a kill has torn is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            yield number, line, value
 
 
 def _json_value(value: Any) -> Any:
@@ -76,16 +117,7 @@ def _keep_until(path: Path, last_step: int | None) -> None:
 
 
 def _whole_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise UserError(
-                    f"{path}, line {number}: not a JSON object with an integer step; mend or delete the line"
-                )
-            yield line, record
+    for number, line, record in whole_lines(path):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(f"{path}, line {number}: not a JSON object with an integer step; mend or delete the line")
+        yield line, record

@@ -128,7 +128,12 @@ def stdout_console() -> Console:
     return Console(force_terminal=is_terminal, highlight=False, width=None if is_terminal else 120)
 
 
+def can_animate(console: Console) -> bool:
+    """Whether somebody can watch a panel or a bar change in place."""
+    return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
+
+
 def _make_display(console: Console, clock: Clock, total_steps: int, first_step: int, title: str) -> Display:
-    if console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf"):
+    if can_animate(console):
         return LiveDisplay(console, clock, total_steps=total_steps, first_step=first_step, title=title)
     return PlainDisplay(console, clock, total_steps=total_steps, first_step=first_step)

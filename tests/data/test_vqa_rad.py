@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from files import image_bytes, write_parquet
 from PIL import Image
 
 from mrpo.config import DataConfig
@@ -192,3 +194,27 @@ def test_the_real_files_give_the_known_counts() -> None:
     assert sorted(e.answer for e in (*train, *test) if e.answer.isdecimal()) == ["12", "12", "2", "2", "4"]
     assert not {e.id for e in train} & {e.id for e in test}
     assert not any(e.answer.lower() in ("yes", "no") for e in (*train, *test))
+
+
+def test_the_hub_layout(tmp_path: Path) -> None:
+    rows = [
+        {"image": {"bytes": image_bytes(1, "JPEG"), "path": None}, "question": "where is it?", "answer": answer}
+        for answer in ("left lung", "yes", "right lung")
+    ]
+    write_parquet(tmp_path / "data/train-00000-of-00001-eb88.parquet", rows)
+    write_parquet(tmp_path / "data/test-00000-of-00001-e5bc.parquet", rows[:1])
+    train, test = load_vqa_rad(tmp_path, "train"), load_vqa_rad(tmp_path, "test")
+    assert [example.id for example in train] == ["vqa_rad/train/1", "vqa_rad/train/3"]
+    assert [example.id for example in test] == ["vqa_rad/test/1"]
+    assert train[0].metadata == {"image_md5": hashlib.md5(image_bytes(1, "JPEG")).hexdigest()}
+    assert train[0].load_images()[0].size == (24, 16)
+
+
+def test_missing_images_may_be_allowed(root: Path) -> None:
+    write(root, [row(1, image_name="none.jpg"), row(2)])
+    first, second = load_vqa_rad(root, "train", missing="allow")
+    assert first.images == (root.resolve() / IMAGES / "none.jpg",)
+    assert second.images[0].is_file()
+    write(root, [row(1, image_name="../../none.jpg")])
+    with pytest.raises(UserError, match="lies outside"):
+        load_vqa_rad(root, "train", missing="allow")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mrpo.kernels import dispatch, policy_loss
+from mrpo.kernels.checks import check_values, values_are_checked
 
 CPU = torch.device("cpu")
 
@@ -17,9 +18,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "extension", lambda: None)
-    dispatch._warn_not_built.cache_clear()
+    dispatch._warn.cache_clear()
     yield
-    dispatch._warn_not_built.cache_clear()
+    dispatch._warn.cache_clear()
 
 
 def tiny_loss(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,7 +33,11 @@ def test_the_table_chooses_by_device_and_dtype() -> None:
     assert dispatch.implementation_of("policy_loss", CPU, torch.float32) == "cpp"
     assert dispatch.implementation_of("policy_loss", CPU, torch.bfloat16) == "cpp"
     assert dispatch.implementation_of("policy_loss", CPU, torch.float64) == "reference"
-    assert dispatch.implementation_of("policy_loss", torch.device("cuda"), torch.float32) == "reference"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert dispatch.implementation_of("policy_loss", torch.device("cuda", 1), dtype) == "triton"
+    assert dispatch.implementation_of("policy_loss", torch.device("cuda"), torch.float64) == "reference"
+    assert dispatch.implementation_of("step_advantages", CPU, torch.float32) == "reference"
+    assert dispatch.implementation_of("step_advantages", torch.device("cuda"), torch.float64) == "triton"
 
 
 def test_use_overrides_the_table_and_ends_with_its_block() -> None:
@@ -64,11 +69,58 @@ def test_without_the_extension_it_cannot_be_forced() -> None:
         tiny_loss()
 
 
+@pytest.mark.usefixtures("without_extension")
+def test_the_fallback_can_be_forbidden() -> None:
+    with dispatch.forbid_fallback(), pytest.raises(RuntimeError, match=r"policy_loss: mrpo\._C is not built"):
+        tiny_loss()
+
+
+def test_a_device_that_the_table_does_not_list_gets_the_reference_and_a_warning() -> None:
+    dispatch._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"no kernel serves torch\.float32 on meta: policy_loss runs in plain"):
+        assert dispatch.implementation_of("policy_loss", torch.device("meta"), torch.float32) == "reference"
+    with dispatch.forbid_fallback(), pytest.raises(RuntimeError, match="on meta"):
+        dispatch.implementation_of("policy_loss", torch.device("meta"), torch.float32)
+
+
+def test_an_operator_without_the_forced_implementation_runs_as_usual() -> None:
+    with dispatch.use("cpp"):
+        assert dispatch.implementation_of("step_advantages", CPU, torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_triton_runs_on_the_cpu_under_its_interpreter_only(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    with dispatch.use("triton"):
+        if interpreted:
+            assert dispatch.implementation_of("policy_loss", CPU, torch.float32) == "triton"
+        else:
+            with pytest.raises(RuntimeError, match="'triton' does not serve"):
+                dispatch.implementation_of("policy_loss", CPU, torch.float32)
+
+
+def test_without_triton_the_reference_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda _: None)
+    dispatch._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert dispatch.implementation_of("policy_loss", torch.device("cuda"), torch.bfloat16) == "reference"
+
+
+def test_values_on_a_device_are_checked_only_on_request() -> None:
+    cuda = torch.device("cuda")
+    assert values_are_checked(CPU)
+    assert not values_are_checked(cuda)
+    with check_values():
+        assert values_are_checked(cuda)
+    assert not values_are_checked(cuda)
+
+
 def test_the_folder_imports_on_its_own_and_only_torch() -> None:
     """From the repository's root the folder is importable as `kernels` too; it must not drag in the trainer's stack."""
     program = (
         "import sys, kernels; kernels.policy_loss; assert not hasattr(kernels, '__version__');"
-        "print([name for name in ('mrpo', 'transformers', 'deepspeed', 'pydantic') if name in sys.modules])"
+        "print([name for name in ('mrpo', 'transformers', 'deepspeed', 'pydantic', 'triton') if name in sys.modules])"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)

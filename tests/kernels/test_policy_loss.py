@@ -2,76 +2,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from loss_cases import Case, device_of, every_implementation, every_kernel, random_case, relative_error, run
 
-from mrpo.kernels import PolicyLoss, policy_loss
+from mrpo.kernels import policy_loss
 from mrpo.kernels.dispatch import extension, use
 
-needs_cpp = pytest.mark.skipif(extension() is None, reason="mrpo._C is not built")
-IMPLEMENTATIONS = [pytest.param("cpp", marks=needs_cpp), "reference"]
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
-
-@dataclass(frozen=True)
-class Case:
-    """The arguments of one loss."""
-
-    logits: torch.Tensor
-    targets: torch.Tensor
-    advantages: torch.Tensor
-    weights: torch.Tensor
-    old_logprobs: torch.Tensor | None
-    ref_logprobs: torch.Tensor | None
-
-
-def random_case(rows: int, vocab: int, *, seed: int = 0, spread: float = 2.0) -> Case:
-    """fp32 values; old log-probabilities near enough the current ones that some ratios are clipped and some are not."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
-
-    logits = spread * normal(rows, vocab)
-    targets = torch.randint(vocab, (rows,), generator=generator)
-    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return Case(
-        logits=logits,
-        targets=targets,
-        advantages=normal(rows),
-        weights=torch.rand(rows, generator=generator) / rows,
-        old_logprobs=logprobs + 0.3 * normal(rows),
-        ref_logprobs=logprobs + 0.3 * normal(rows),
-    )
-
-
-def run(case: Case, implementation: str, dtype: torch.dtype, **options: Any) -> tuple[PolicyLoss, torch.Tensor]:
-    """The loss and the gradient of the logits."""
-
-    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
-    logits = case.logits.to(dtype).detach().clone().requires_grad_()
-    with use(implementation):
-        result = policy_loss(
-            logits,
-            case.targets,
-            advantages=case.advantages.to(dtype),
-            weights=case.weights.to(dtype),
-            old_logprobs=cast(case.old_logprobs),
-            ref_logprobs=cast(case.ref_logprobs),
-            **options,
-        )
-    result.loss.backward()
-    assert logits.grad is not None
-    return result, logits.grad
-
-
-def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((value.double() - truth).norm() / truth.norm()).item()
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's NumPy
 
 
 @pytest.fixture
@@ -83,14 +24,14 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@both
+@every_implementation
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"beta": 0.04, "temperature": 0.7, "epsilon_low": 0.1, "epsilon_high": 0.3, "with_entropy": True},
-        {"beta": 1.0, "temperature": 1.5, "with_entropy": True},
+        {"beta": 1.0, "temperature": 1.5, "importance_cap": 1.2, "with_entropy": True},
     ],
 )
 @pytest.mark.parametrize(("rows", "vocab"), [(3, 1), (40, 2), (40, 7), (33, 257), (20, 1021), (9, 2053), (2, 151_936)])
@@ -98,6 +39,8 @@ def test_fp32_is_within_1e5_of_fp64(implementation: str, rows: int, vocab: int, 
     if implementation == "reference" and vocab > 10_000:
         pytest.skip("eager fp32 sums are not that exact")
     case = random_case(rows, vocab, seed=vocab)
+    if "importance_cap" in options:
+        case = sampled(case)
     truth, true_gradient = run(case, "reference", torch.float64, **options)
     result, gradient = run(case, implementation, torch.float32, **options)
     assert result.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5, abs=1e-6)
@@ -112,13 +55,28 @@ def test_fp32_is_within_1e5_of_fp64(implementation: str, rows: int, vocab: int, 
     assert gradient.isfinite().all()
 
 
+def sampled(case: Case) -> Case:
+    """With log-probabilities of a sampler near the old ones: some importance weights reach a cap of 1.2."""
+    assert case.old_logprobs is not None
+    noise = torch.randn(len(case.weights), generator=torch.Generator().manual_seed(1))
+    return replace(case, sampler_logprobs=case.old_logprobs + 0.3 * noise)
+
+
 def test_reference_is_the_formula() -> None:
-    case = random_case(25, 11)
-    options = {"beta": 0.2, "temperature": 0.8, "epsilon_low": 0.1, "epsilon_high": 0.3, "with_entropy": True}
+    case = sampled(random_case(25, 11))
+    options = {
+        "importance_cap": 1.2,
+        "beta": 0.2,
+        "temperature": 0.8,
+        "epsilon_low": 0.1,
+        "epsilon_high": 0.3,
+        "with_entropy": True,
+    }
     result, _ = run(case, "reference", torch.float64, **options)
     assert case.old_logprobs is not None
     assert case.ref_logprobs is not None
-    total = 0.0
+    assert case.sampler_logprobs is not None
+    total, capped = 0.0, 0
     for n, (row, advantage) in enumerate(zip(case.logits.tolist(), case.advantages.tolist(), strict=True)):
         exponentials = [math.exp(x / 0.8) for x in row]
         probabilities = [e / sum(exponentials) for e in exponentials]
@@ -127,19 +85,22 @@ def test_reference_is_the_formula() -> None:
         surrogate = min(ratio * advantage, min(max(ratio, 0.9), 1.3) * advantage)
         d = case.ref_logprobs[n].item() - logprob
         kl = math.exp(d) - d - 1
-        total += case.weights[n].item() * (-surrogate + 0.2 * kl)
+        importance = math.exp(case.old_logprobs[n].item() - case.sampler_logprobs[n].item())
+        capped += importance > 1.2
+        total += case.weights[n].item() * (-min(importance, 1.2) * surrogate + 0.2 * kl)
         assert result.logprobs[n].item() == pytest.approx(logprob, rel=1e-12)
         assert result.kl[n].item() == pytest.approx(kl, rel=1e-9)
         assert bool(result.clipped[n]) == (surrogate != ratio * advantage)
         assert result.entropy is not None
         assert result.entropy[n].item() == pytest.approx(-sum(p * math.log(p) for p in probabilities), rel=1e-12)
     assert result.loss.item() == pytest.approx(total, rel=1e-12)
+    assert 0 < capped < 25
 
 
 @pytest.mark.parametrize("with_old", [True, False])
 def test_gradcheck_in_fp64(with_old: bool) -> None:
-    case = random_case(6, 5)
-    arguments = {name: tensor.double() for name, tensor in vars(case).items() if name not in ("logits", "targets")}
+    case = sampled(random_case(6, 5))
+    arguments = case.to("cpu", torch.float64).others
     if with_old:
 
         def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -148,7 +109,7 @@ def test_gradcheck_in_fp64(with_old: bool) -> None:
         assert torch.autograd.gradcheck(loss, case.logits.double().requires_grad_())
     else:
         # Finite differences see a constant where ratio = exp(logp - logp.detach()): compare with -A logp, its gradient.
-        del arguments["old_logprobs"]
+        del arguments["old_logprobs"], arguments["sampler_logprobs"]
         logits = case.logits.double().requires_grad_()
         (gradient,) = torch.autograd.grad(policy_loss(logits, case.targets, **arguments).loss, logits)
         logprobs = logits.log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
@@ -156,7 +117,7 @@ def test_gradcheck_in_fp64(with_old: bool) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize(
     ("advantage", "ratio", "loss", "clipped"),
     [
@@ -177,7 +138,6 @@ def test_clip_by_hand(implementation: str, advantage: float, ratio: float, loss:
         advantages=torch.tensor([advantage]),
         weights=torch.ones(1),
         old_logprobs=torch.tensor([logprob - math.log(ratio)]),
-        ref_logprobs=None,
     )
     result, gradient = run(case, implementation, torch.float32, epsilon_low=0.2, epsilon_high=0.3)
     assert result.loss.item() == pytest.approx(loss, rel=1e-6)
@@ -186,7 +146,7 @@ def test_clip_by_hand(implementation: str, advantage: float, ratio: float, loss:
     assert gradient[0].tolist() == pytest.approx([slope, -slope], rel=1e-6)
 
 
-@both
+@every_implementation
 def test_without_old_logprobs_the_ratio_is_one(implementation: str) -> None:
     case = replace(random_case(12, 31), old_logprobs=None, ref_logprobs=None)
     result, gradient = run(case, implementation, torch.float32)
@@ -199,7 +159,7 @@ def test_without_old_logprobs_the_ratio_is_one(implementation: str) -> None:
     assert not result.kl.any()
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize(("advantage", "loss"), [(1.0, -1.2), (0.0, 0.0)])
 def test_a_ratio_that_overflows_is_clipped(implementation: str, advantage: float, loss: float) -> None:
     case = replace(random_case(1, 9), advantages=torch.tensor([advantage]), weights=torch.ones(1), ref_logprobs=None)
@@ -208,7 +168,41 @@ def test_a_ratio_that_overflows_is_clipped(implementation: str, advantage: float
     assert torch.equal(gradient, torch.zeros(1, 9))
 
 
-@both
+@every_implementation
+@pytest.mark.parametrize(
+    ("advantage", "log_importance", "importance"),
+    [
+        (2.0, math.log(1.5), 1.5),
+        (-2.0, math.log(0.25), 0.25),
+        (2.0, math.log(4.0), 3.0),  # capped
+        (-2.0, 1000.0, 3.0),  # overflows, capped
+        (0.0, 1000.0, 3.0),
+    ],
+)
+@pytest.mark.parametrize("old", ["given", "current"])
+def test_importance_weight_by_hand(
+    implementation: str, old: str, advantage: float, log_importance: float, importance: float
+) -> None:
+    """It is a constant factor of the policy term, not of the KL."""
+    current = math.log(0.5)
+    before = current - math.log(1.1) if old == "given" else current
+    ratio = 1.1 if old == "given" else 1.0
+    case = Case(
+        logits=torch.zeros(1, 2),
+        targets=torch.tensor([0]),
+        advantages=torch.tensor([advantage]),
+        weights=torch.ones(1),
+        old_logprobs=torch.tensor([before]) if old == "given" else None,
+        ref_logprobs=torch.tensor([current + math.log(2.0)]),
+        sampler_logprobs=torch.tensor([before - log_importance]),
+    )
+    result, gradient = run(case, implementation, torch.float32, beta=0.5, importance_cap=3.0)
+    assert result.loss.item() == pytest.approx(-importance * ratio * advantage + 0.5 * (1 - math.log(2.0)), rel=1e-5)
+    slope = 0.5 * (-importance * ratio * advantage - 0.5)  # d logprob / d logits = (1/2, -1/2), d KL / d logprob = -1
+    assert gradient[0].tolist() == pytest.approx([slope, -slope], rel=1e-5)
+
+
+@every_implementation
 def test_huge_logits(implementation: str) -> None:
     case = random_case(30, 101, spread=1.0)
     case = replace(case, logits=case.logits + 1e4 * torch.randint(-1, 2, (30, 101)), old_logprobs=None)
@@ -222,7 +216,7 @@ def test_huge_logits(implementation: str) -> None:
     assert relative_error(gradient, true_gradient) < 1e-3
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("forbidden", [torch.arange(40) % 3 == 1, torch.arange(2600) < 2100], ids=["some", "leading"])
 def test_forbidden_columns_have_no_part(implementation: str, forbidden: torch.Tensor) -> None:
     vocab = len(forbidden)
@@ -242,13 +236,13 @@ def test_forbidden_columns_have_no_part(implementation: str, forbidden: torch.Te
     assert relative_error(result.entropy, truth.entropy) < 1e-5
 
 
-@needs_cpp
-def test_a_confident_policy_keeps_its_small_gradient() -> None:
+@every_kernel
+def test_a_confident_policy_keeps_its_small_gradient(implementation: str) -> None:
     logits = torch.zeros(1, 5000)
     logits[0, 1234] = 27.0  # 1 - p is 1e-8: below fp32's resolution at 1
-    case = Case(logits, torch.tensor([1234]), torch.ones(1), torch.ones(1), None, None)
+    case = Case(logits, torch.tensor([1234]), torch.ones(1), torch.ones(1))
     truth, true_gradient = run(case, "reference", torch.float64)
-    result, gradient = run(case, "cpp", torch.float32)
+    result, gradient = run(case, implementation, torch.float32)
     assert relative_error(result.logprobs, truth.logprobs) < 1e-5
     assert relative_error(gradient, true_gradient) < 1e-5
 
@@ -270,7 +264,7 @@ def poisoned(case: Case, rows: torch.Tensor) -> Case:
     )
 
 
-@both
+@every_implementation
 @pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_rows_of_weight_zero_give_zero_whatever_they_hold(implementation: str, share: float) -> None:
@@ -291,14 +285,14 @@ def test_rows_of_weight_zero_give_zero_whatever_they_hold(implementation: str, s
         assert result.loss.item() == 0.0
 
 
-@both
+@every_implementation
 def test_no_rows(implementation: str) -> None:
     result, gradient = run(random_case(0, 13), implementation, torch.float32, beta=0.1)
     assert result.loss.item() == 0.0
     assert gradient.shape == (0, 13)
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("column", [0, 5, 1500])
 def test_a_nan_logit_shows(implementation: str, column: int) -> None:
     case = random_case(3, 2000)
@@ -309,7 +303,7 @@ def test_a_nan_logit_shows(implementation: str, column: int) -> None:
     assert gradient[[0, 2]].isfinite().all()
 
 
-@needs_cpp
+@pytest.mark.skipif(extension() is None, reason="mrpo._C is not built")
 def test_same_bits_on_repeat_and_with_any_number_of_threads() -> None:
     case = random_case(50, 3001)
     threads = torch.get_num_threads()
@@ -327,44 +321,46 @@ def test_same_bits_on_repeat_and_with_any_number_of_threads() -> None:
         assert torch.equal(result.logprobs, first.logprobs)
 
 
-@both
-def test_upstream_gradient_is_honoured(implementation: str) -> None:
+@every_implementation
+@pytest.mark.parametrize("inplace", [False, True])
+def test_upstream_gradient_is_honoured(implementation: str, inplace: bool) -> None:
     case = random_case(8, 17)
     _, plain = run(case, implementation, torch.float32)
+    case = case.to(device_of(implementation))
     logits = case.logits.clone().requires_grad_()
     with use(implementation):
-        arguments = {name: tensor for name, tensor in vars(case).items() if name not in ("logits", "targets")}
-        loss = policy_loss(logits * 2.0, case.targets, **arguments, temperature=2.0).loss
+        loss = policy_loss(logits * 2.0, case.targets, **case.others, temperature=2.0, inplace=inplace).loss
     for _ in range(2):
         (0.25 * loss).backward(retain_graph=True)
+    loss.backward()
     assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, plain * 2 * 0.25 * 2 / 2)
+    torch.testing.assert_close(logits.grad.cpu(), plain * (2 * 0.25 + 1))
 
 
-@both
+@every_implementation
 def test_only_the_loss_carries_a_gradient(implementation: str) -> None:
     result, _ = run(random_case(4, 17), implementation, torch.float32, beta=0.1, with_entropy=True)
     assert result.entropy is not None
     assert not any(output.requires_grad for output in (result.logprobs, result.clipped, result.kl, result.entropy))
 
 
-@both
+@every_implementation
 def test_without_recording_the_values_are_the_same(implementation: str) -> None:
     case = random_case(8, 17)
     expected, _ = run(case, implementation, torch.float32)
-    arguments = {name: tensor for name, tensor in vars(case).items() if name not in ("logits", "targets")}
+    case = case.to(device_of(implementation))
     with use(implementation), torch.no_grad():
-        result = policy_loss(case.logits.clone().requires_grad_(), case.targets, **arguments)
+        result = policy_loss(case.logits.clone().requires_grad_(), case.targets, **case.others)
     assert not result.loss.requires_grad
-    assert torch.equal(result.loss, expected.loss)
-    assert torch.equal(result.logprobs, expected.logprobs)
+    assert torch.equal(result.loss.cpu(), expected.loss)
+    assert torch.equal(result.logprobs.cpu(), expected.logprobs)
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("layout", ["every other column", "transposed", "slice of a row", "every other row"])
 def test_strided_logits(implementation: str, layout: str) -> None:
     case = random_case(14, 19)
-    wide = torch.full((28, 38), torch.nan)
+    wide = torch.full((28, 38), torch.nan, device=device_of(implementation))
     views = {
         "every other column": wide[:14, ::2],
         "transposed": wide[:19, :14].T,
@@ -374,35 +370,34 @@ def test_strided_logits(implementation: str, layout: str) -> None:
     strided = views[layout].copy_(case.logits)
     assert not strided.is_contiguous()
     expected, expected_gradient = run(case, implementation, torch.float32)
-    arguments = {
-        name: torch.stack([tensor, tensor], dim=1)[:, 0] for name, tensor in vars(case).items() if name != "logits"
-    }
-    targets = arguments.pop("targets")
+    case = case.to(device_of(implementation))
+    others = {name: tensor for name, tensor in case.others.items() if tensor is not None}
+    vectors = {name: torch.stack([tensor, tensor], dim=1)[:, 0] for name, tensor in others.items()}
     leaf = strided.detach().requires_grad_()
     with use(implementation):
-        result = policy_loss(leaf, targets, **arguments)
+        result = policy_loss(leaf, torch.stack([case.targets, case.targets], dim=1)[:, 0], **vectors)
     result.loss.backward()
-    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(result.loss.cpu(), expected.loss)
     assert leaf.grad is not None
-    assert torch.equal(leaf.grad, expected_gradient)
+    assert torch.equal(leaf.grad.cpu(), expected_gradient)
 
 
-@both
+@every_implementation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_computed_in_fp32(implementation: str, dtype: torch.dtype) -> None:
     case = random_case(8, 41)
     case = replace(case, logits=case.logits.to(dtype))
     truth, true_gradient = run(case, "reference", torch.float64)
+    case = case.to(device_of(implementation))
     logits = case.logits.detach().clone().requires_grad_()
-    arguments = {name: tensor for name, tensor in vars(case).items() if name not in ("logits", "targets")}
     with use(implementation):
-        result = policy_loss(logits, case.targets, **arguments)
+        result = policy_loss(logits, case.targets, **case.others)
     result.loss.backward()
     assert result.loss.dtype == torch.float32
-    assert relative_error(result.logprobs, truth.logprobs) < 1e-6
+    assert relative_error(result.logprobs.cpu(), truth.logprobs) < 1e-6
     assert logits.grad is not None
     assert logits.grad.dtype == dtype
-    torch.testing.assert_close(logits.grad, true_gradient.to(dtype))
+    torch.testing.assert_close(logits.grad.cpu(), true_gradient.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -421,6 +416,13 @@ def test_half_precision_logits_are_computed_in_fp32(implementation: str, dtype: 
         ("weights", torch.ones(4, requires_grad=True), ValueError),
         ("old_logprobs", torch.zeros(3), ValueError),
         ("ref_logprobs", [0.0] * 4, TypeError),
+        ("sampler_logprobs", torch.zeros(4, 1), ValueError),
+        ("sampler_logprobs", torch.tensor([0.0, 0.0, torch.nan, 0.0]), ValueError),
+        ("old_logprobs", torch.full((4,), torch.nan), ValueError),
+        ("advantages", torch.full((4,), torch.nan), ValueError),
+        ("weights", torch.full((4,), torch.nan), ValueError),
+        ("importance_cap", 0.0, ValueError),
+        ("importance_cap", float("nan"), ValueError),
         ("epsilon_low", 1.0, ValueError),
         ("epsilon_low", -0.1, ValueError),
         ("epsilon_high", float("nan"), ValueError),

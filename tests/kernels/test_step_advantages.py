@@ -7,31 +7,45 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import TRITON, device_of
 
 from mrpo.kernels import step_advantages
+from mrpo.kernels.dispatch import use
+
+every_implementation = pytest.mark.parametrize("implementation", ["reference", TRITON])
 
 STEP_IDS = [-1, 0, 0, 1, 2, 3, -1]  # four steps, a tag before and the answer after them
 
 
 def shape(
-    advantage: float, valid: list[bool], step_ids: list[int], *, correct: bool = False, num_steps: int, **options: Any
+    advantage: float,
+    valid: list[bool],
+    step_ids: list[int],
+    *,
+    correct: bool = False,
+    num_steps: int,
+    implementation: str = "reference",
+    **options: Any,
 ) -> list[float]:
     """One completion in fp64."""
-    shaped = step_advantages(
+    arguments = (
         torch.tensor([advantage], dtype=torch.float64),
         torch.tensor([correct]),
         torch.tensor([step_ids]),
         torch.tensor([valid], dtype=torch.bool),
         torch.tensor([num_steps]),
-        **options,
     )
+    with use(implementation):
+        shaped = step_advantages(*(tensor.to(device_of(implementation)) for tensor in arguments), **options)
     return shaped[0].tolist()
 
 
-def test_wrong_answer_with_four_invalid_steps_by_hand() -> None:
+@every_implementation
+def test_wrong_answer_with_four_invalid_steps_by_hand(implementation: str) -> None:
     w = [2.718281828459045, 1.9477340410546757, 1.3956124250860895, 1.0]  # e, e^(2/3), e^(1/3), 1
     expected = [-2.0, -2 * w[0], -2 * w[0], -2 * w[1], -2 * w[2], -2 * w[3], -2.0]
-    assert shape(-2.0, [False] * 4, STEP_IDS, num_steps=4) == pytest.approx(expected, rel=1e-14)
+    shaped = shape(-2.0, [False] * 4, STEP_IDS, num_steps=4, implementation=implementation)
+    assert shaped == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
@@ -45,9 +59,10 @@ def test_correct_answer_keeps_the_advantage_at_every_token() -> None:
     assert shape(1.5, [False] * 4, STEP_IDS, correct=True, num_steps=4) == [1.5] * 7
 
 
-def test_unjudged_completion_keeps_the_advantage_at_every_token() -> None:
-    assert shape(-1.5, [False] * 4, STEP_IDS, num_steps=0) == [-1.5] * 7
-    assert shape(-1.5, [], STEP_IDS, num_steps=0) == [-1.5] * 7
+@every_implementation
+def test_unjudged_completion_keeps_the_advantage_at_every_token(implementation: str) -> None:
+    assert shape(-1.5, [False] * 4, STEP_IDS, num_steps=0, implementation=implementation) == [-1.5] * 7
+    assert shape(-1.5, [], STEP_IDS, num_steps=0, implementation=implementation) == [-1.5] * 7
 
 
 @pytest.mark.parametrize("penalty", ["exponential", "linear", "none"])
@@ -55,13 +70,16 @@ def test_a_single_invalid_step_has_weight_one(penalty: str) -> None:
     assert shape(0.5, [False], [-1, 0, 0], num_steps=1, penalty=penalty) == [0.5, -0.5, -0.5]
 
 
-def test_steps_that_the_judge_did_not_return_keep_the_advantage() -> None:
-    assert shape(-1.0, [True, True, True, True], STEP_IDS, num_steps=2) == [-1, 1, 1, 1, -1, -1, -1]
-    assert shape(-1.0, [True, True], STEP_IDS, num_steps=2) == [-1, 1, 1, 1, -1, -1, -1]
+@every_implementation
+def test_steps_that_the_judge_did_not_return_keep_the_advantage(implementation: str) -> None:
+    for valid in ([True, True, True, True], [True, True]):
+        shaped = shape(-1.0, valid, STEP_IDS, num_steps=2, implementation=implementation)
+        assert shaped == [-1, 1, 1, 1, -1, -1, -1]
 
 
-def test_rounded_weights_have_two_decimals() -> None:
-    shaped = shape(1.0, [False] * 4, STEP_IDS, num_steps=4, round_weights=True)
+@every_implementation
+def test_rounded_weights_have_two_decimals(implementation: str) -> None:
+    shaped = shape(1.0, [False] * 4, STEP_IDS, num_steps=4, implementation=implementation, round_weights=True)
     assert shaped == [1.0, -2.72, -2.72, -1.95, -1.4, -1.0, 1.0]
 
 
@@ -71,18 +89,46 @@ def test_linear_and_equal_penalties() -> None:
     assert shape(3.0, [False] * 4, STEP_IDS, num_steps=4, penalty="none") == [3.0, -3, -3, -3, -3, -3, 3.0]
 
 
-def test_penalty_may_be_a_function_of_step_and_steps() -> None:
-    shaped = shape(1.0, [False] * 4, STEP_IDS, num_steps=4, penalty=lambda k, num_steps: 10 * num_steps + k)
+@every_implementation
+def test_penalty_may_be_a_function_of_step_and_steps(implementation: str) -> None:
+    options = {"num_steps": 4, "implementation": implementation}
+    shaped = shape(1.0, [False] * 4, STEP_IDS, penalty=lambda k, num_steps: 10 * num_steps + k, **options)
     assert shaped == [1, -41, -41, -42, -43, -44, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_result_has_the_dtype_and_device_of_the_advantages(dtype: torch.dtype) -> None:
-    arguments = valid_arguments()
+@every_implementation
+@pytest.mark.parametrize("num_steps", [2, 4])
+def test_penalty_may_be_a_table(implementation: str, num_steps: int) -> None:
+    by_step = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0], device=device_of(implementation))  # longer than any completion
+    by_steps_and_step = by_step + 10 * torch.arange(1, 6, device=by_step.device)[:, None]
+    options = {"num_steps": num_steps, "implementation": implementation}
+    weights = [-9.0, -9.0, -8.0, -7.0, -6.0]
+    expected = [1.0, *weights[: num_steps + 1], *[1.0] * (5 - num_steps)]
+    assert shape(1.0, [False] * 4, STEP_IDS, penalty=by_step, **options) == expected
+    higher = [value if value > 0 else value - 10 * num_steps for value in expected]
+    assert shape(1.0, [False] * 4, STEP_IDS, penalty=by_steps_and_step, **options) == higher
+
+
+@every_implementation
+def test_weights_halfway_between_two_decimals_round_to_the_even_one(implementation: str) -> None:
+    """As Python and PyTorch do: 1 + 1/8, 1 + 3/8 and 1 + 5/8 are exact in binary."""
+    options = {"num_steps": 9, "implementation": implementation, "penalty": "linear", "round_weights": True}
+    assert shape(1.0, [False] * 9, [3, 5, 7], **options) == [-1.62, -1.38, -1.12]
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_result_has_the_dtype_and_device_of_the_advantages(implementation: str, dtype: torch.dtype) -> None:
+    device = device_of(implementation)
+    arguments = {name: tensor.to(device) for name, tensor in valid_arguments().items()}
     arguments["advantages"] = arguments["advantages"].to(dtype)
-    shaped = step_advantages(**arguments)
+    with use(implementation):
+        shaped = step_advantages(**arguments)
     assert shaped.dtype == dtype
-    assert shaped.shape == (2, 5)
+    assert shaped.device.type == device
+    # Steps 0 and 1 of 2: weights e and 1, rounded to the dtype; the second is valid.
+    expected = torch.tensor([-1.0, -math.e, -math.e, 1.0, 1.0], dtype=dtype, device=device)
+    torch.testing.assert_close(shaped[1], expected)  # Triton's interpreter truncates to bf16
 
 
 def test_completions_without_tokens() -> None:
@@ -128,19 +174,21 @@ def formula(batch: dict[str, Any]) -> list[list[float]]:
     return shaped
 
 
-@settings(max_examples=150, deadline=None)
-@given(batches())
-def test_agrees_with_the_formula_token_by_token(batch: dict[str, Any]) -> None:
+@every_implementation
+@settings(max_examples=100, deadline=None)
+@given(batch=batches())
+def test_agrees_with_the_formula_token_by_token(implementation: str, batch: dict[str, Any]) -> None:
     size, tokens = len(batch["advantages"]), len(batch["step_ids"][0])
-    shaped = step_advantages(
+    arguments = (
         torch.tensor(batch["advantages"], dtype=torch.float64),
         torch.tensor(batch["answer_correct"]),
         torch.tensor(batch["step_ids"], dtype=torch.int64).reshape(size, tokens),
         torch.tensor(batch["step_valid"], dtype=torch.bool).reshape(size, -1),
         torch.tensor(batch["num_steps"]),
-        penalty=batch["penalty"],
-        round_weights=batch["round_weights"],
     )
+    options = {"penalty": batch["penalty"], "round_weights": batch["round_weights"]}
+    with use(implementation):
+        shaped = step_advantages(*(tensor.to(device_of(implementation)) for tensor in arguments), **options).cpu()
     expected = torch.tensor(formula(batch), dtype=torch.float64).reshape(size, tokens)
     torch.testing.assert_close(shaped, expected, rtol=1e-13, atol=1e-13)
 
@@ -171,6 +219,9 @@ def valid_arguments() -> dict[str, torch.Tensor]:
         ("num_steps", torch.tensor([-1, 2]), ValueError),
         ("num_steps", torch.tensor([3, 2], dtype=torch.int32), TypeError),
         ("penalty", "quadratic", ValueError),
+        ("penalty", torch.ones(2), ValueError),
+        ("penalty", torch.ones(3, 4), ValueError),
+        ("penalty", torch.ones(3, dtype=torch.int64), TypeError),
     ],
 )
 def test_bad_argument_is_named(name: str, value: Any, error: type[Exception]) -> None:

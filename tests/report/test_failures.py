@@ -9,18 +9,11 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from mrpo.metrics import NUM_BINS, STAGES, summarize
+from mrpo.estimates import question_ids, sum_by_question
+from mrpo.metrics import NUM_BINS, STAGES, first_failure_bin, first_failure_stage, summarize
+from mrpo.quantities import incorrect_in_bin, is_in_stage, is_in_stage_of_failures, rate_in_bin
 from mrpo.records import EvaluatedSample
-from mrpo.report.estimates import question_ids, sum_by_question
-from mrpo.report.failures import (
-    draw_failures,
-    estimate_each,
-    incorrect_in_bin,
-    is_in_stage,
-    is_in_stage_of_failures,
-    rate_in_bin,
-)
-from mrpo.report.stages import first_failure_bin, first_failure_stage
+from mrpo.report.failures import draw_failures, estimate_each
 from mrpo.report.style import EVALUATION_COLORS
 
 T, F = True, False

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mrpo.estimates import estimate_difference, estimate_mean
 from mrpo.records import EvaluatedSample
-from mrpo.report.estimates import estimate_difference, estimate_mean
 from mrpo.report.table import before_after_table
 
 T, F = True, False

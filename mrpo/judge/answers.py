@@ -1,0 +1,89 @@
+"""Judges of answers: each says of a model's answer whether it is the gold one. Used by `mrpo eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mrpo.config import Config
+from mrpo.records import Example, Unjudged
+from mrpo.rewards.answer import AnswerReward
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """What a judge sees of one answer: the example and the model's answer, None where it gave none."""
+
+    example: Example
+    answer: str | None
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.answer or "").strip()
+
+
+class AnswerJudge(Protocol):
+    """Anything that judges answers. `name` goes into logs and metrics.
+
+    A judge that cannot tell returns `Unjudged` with the reason. It never raises for a single answer and never says
+    "wrong" in place of "unknown". A missing or empty answer is wrong.
+    """
+
+    name: str
+
+    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
+        """One verdict per request, in order: whether the answer is correct."""
+        ...
+
+
+class ExactAnswerJudge:
+    """Correct is what equals the gold answer but for case, white space and a final full stop, or is the same quantity.
+
+    Exact where an answer has one right wording, as on phantom.
+    """
+
+    name = "exact"
+
+    def __init__(self, reward: AnswerReward) -> None:
+        self._reward = reward
+
+    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
+        """One verdict per request, in order; none is ever unjudged."""
+        return [parts["symbolic"] == 1.0 for _, parts in _score(self._reward, requests)]
+
+
+class LexicalAnswerJudge:
+    """A stand-in without understanding: correct is an answer whose reward exceeds `tau`, as in training.
+
+    Exact answers have reward 1; the others share words with the gold answer. Synonyms are missed, and "left lung" may
+    pass for "right lung": use `judge.kind=openai` for results.
+    """
+
+    name = "lexical"
+
+    def __init__(self, reward: AnswerReward, *, tau: float) -> None:
+        self._reward, self._tau = reward, tau
+
+    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
+        """One verdict per request, in order; none is ever unjudged."""
+        return [value > self._tau for value, _ in _score(self._reward, requests)]
+
+
+def make_answer_judge(config: Config, data_name: str, reward: AnswerReward) -> AnswerJudge:
+    """The judge that `judge.kind` names: an endpoint, or the embedded one of the data set.
+
+    Raises:
+        UserError: the endpoint needs a key and its environment variable is not set.
+    """
+    if config.judge.kind == "openai":
+        from mrpo.judge.openai_client import OpenAIAnswerJudge
+
+        return OpenAIAnswerJudge(config.judge)
+    if data_name == "phantom":
+        return ExactAnswerJudge(reward)
+    return LexicalAnswerJudge(reward, tau=config.advantage.tau)
+
+
+def _score(reward: AnswerReward, requests: Sequence[AnswerRequest]) -> list[tuple[float, dict[str, float]]]:
+    return reward([request.answer for request in requests], [request.example.answer for request in requests])

@@ -1,0 +1,55 @@
+"""Prompts and their lengths."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import GotOcr2ImageProcessorPil
+
+from mrpo.backbones import Processor, load_processor
+from mrpo.backbones.internvl import InternVL
+from mrpo.config import Config
+from mrpo.records import Example
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_policy: Path) -> Processor:
+    return load_processor(
+        Config.model_validate({"model": {"path": str(tiny_policy)}, "data": {"max_image_pixels": 40_000}})
+    )
+
+
+side = st.integers(20, 400)
+sizes = st.lists(st.tuples(side, side), max_size=3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes=sizes, question=st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=40))
+def test_lengths_are_known_without_decoding_the_images(
+    processor: Processor, sizes: list[tuple[int, int]], question: str
+) -> None:
+    example = Example("x", tuple(Image.new("RGB", size) for size in sizes), question, "", None, "test")
+    prompt = processor.encode_prompt(example)
+    assert processor.count_prompt_tokens(example) == len(prompt.input_ids)
+    placeholder = processor.model_config.image_token_id
+    runs = [(token, list(run)) for token, run in groupby(prompt.input_ids.tolist())]
+    collapsed = [token for token, run in runs for _ in (run[:1] if token == placeholder else run)]
+    assert collapsed == list(prompt.text_ids)
+    assert prompt.text_ids.count(placeholder) == len(prompt.pictures) == len(sizes)
+    assert all(picture.width * picture.height <= 40_000 for picture in prompt.pictures)
+
+
+@settings(deadline=None, max_examples=20)
+@given(sizes=st.lists(st.tuples(side, side), min_size=1, max_size=3), crop=st.booleans())
+def test_internvl_counts_tiles_without_the_image(sizes: list[tuple[int, int]], crop: bool) -> None:
+    class Settings:
+        image_seq_length = 4
+
+    images = GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=crop, max_patches=4)
+    _, counts = InternVL().process_images(images, [Image.new("RGB", size) for size in sizes], Settings)
+    assert [InternVL().count_image_tokens(images, *size, Settings) for size in sizes] == counts

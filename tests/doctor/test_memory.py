@@ -1,0 +1,174 @@
+"""The memory estimate against sums worked out by hand, and what `mrpo doctor` concludes from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mrpo.config import Config
+from mrpo.doctor.fit import CPU_RUNTIME, CUDA_RUNTIME, check_memory
+from mrpo.doctor.machine import Gpu, Machine
+from mrpo.doctor.memory import ModelSize, PromptSize, Tower, estimate, loading, total
+from mrpo.settings import load_config
+
+GIB = 2**30
+# 1 G parameters, of which 0.1 G are a vision tower.
+MODEL = ModelSize(
+    parameters=10**9,
+    trainable=10**9,
+    text=Tower(layers=10, hidden=1000, intermediate=4000),
+    vision=Tower(layers=5, hidden=100, intermediate=200),
+    kv_width=256,
+    vocab=1000,
+)
+PROMPT = PromptSize(tokens=100, patches=40, source="by hand")
+BATCH = ["rollout.batch_size=16", "rollout.max_tokens=50", "optim.micro_batch_size=2"]
+
+
+def config(*settings: str) -> Config:
+    return load_config(None, [*BATCH, *settings])
+
+
+def sizes(terms: Any) -> dict[str, int]:
+    return {term.name: term.size for term in terms}
+
+
+def test_fp32_without_zero() -> None:
+    need = estimate(config(), MODEL, PROMPT, 4)
+    assert sizes(need.standing) == {
+        "parameters": 4_000_000_000,
+        "gradients": 4_000_000_000,
+        "AdamW": 8_000_000_000,  # two moments; the weights are float32 already
+    }
+    # 16 rows x 150 tokens x (keys and values) 2 x 10 layers x 256 x 4 bytes
+    assert sizes(need.rollout) == {"KV cache": 16 * 150 * 20_480}
+    assert sizes(need.update) == {
+        "activations": 300 * 240_000 * 4,  # 2 rows x 150 tokens, 10 layers x (8 x 1000 + 4 x 4000)
+        "vision activations": 80 * 8_000 * 4,  # 2 rows x 40 patches, 5 layers x (8 x 100 + 4 x 200)
+        "logits": 100 * 1000 * 16,
+    }
+    assert need.peak == 16_000_000_000 + 288_000_000 + 2_560_000 + 1_600_000
+    assert need.fixed == 16_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameters", "gradients", "states", "step"),
+    [
+        # the 2, 2 and 12 bytes of mixed precision (ZeRO, section 3.1) over 4 processes, and the step's fp32 gradients
+        (0, 2_000_000_000, 2_000_000_000, 12_000_000_000, 4_000_000_000),
+        (1, 2_000_000_000, 2_000_000_000, 3_000_000_000, 1_000_000_000),
+        (2, 2_000_000_000, 500_000_000, 3_000_000_000, 1_000_000_000),
+        (3, 500_000_000, 500_000_000, 3_000_000_000, 1_000_000_000),
+    ],
+)
+def test_bf16_by_zero_stage(stage: int, parameters: int, gradients: int, states: int, step: int) -> None:
+    need = estimate(config("model.dtype=bfloat16", f"deepspeed.zero_stage={stage}"), MODEL, PROMPT, 4)
+    found = sizes(need.standing)
+    assert found == {"parameters": parameters, "gradients": gradients, "AdamW": states, "fp32 gradients": step}
+
+
+def test_zero_3_gathers_the_whole_weights_for_rollouts() -> None:
+    need = estimate(config("model.dtype=bfloat16", "deepspeed.zero_stage=3"), MODEL, PROMPT, 4)
+    assert sizes(need.rollout)["whole weights"] == 2_000_000_000
+    assert need.fixed == total(need.standing) + 2_000_000_000
+
+
+def test_a_kl_term_needs_a_reference_and_sft_does_not() -> None:
+    with_reference = config("loss.beta=0.04")
+    assert sizes(estimate(with_reference, MODEL, PROMPT, 1).standing)["reference"] == 4_000_000_000
+    assert loading(with_reference, MODEL) == 8_000_000_000
+    assert "reference" not in sizes(estimate(config("loss.beta=0.04", "algorithm=sft"), MODEL, PROMPT, 1).standing)
+    assert loading(config(), MODEL) == 4_000_000_000
+
+
+def test_offloading_moves_states_to_main_memory() -> None:
+    offloaded = config(
+        "deepspeed.zero_stage=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"
+    )
+    need = estimate(offloaded, MODEL, PROMPT, 2)
+    assert sizes(need.standing) == {"gradients": 2_000_000_000}
+    # float32 weights are copied for the optimizer when it lives elsewhere
+    assert sizes(need.host) == {"parameters": 2_000_000_000, "AdamW": 6_000_000_000}
+
+
+def test_gradient_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
+    need = estimate(config("model.gradient_checkpointing=true"), MODEL, PROMPT, 1)
+    assert sizes(need.update)["activations"] == 300 * (10 * 1000 + 24_000) * 4
+
+
+def test_a_frozen_vision_tower_keeps_nothing_for_a_backward_pass() -> None:
+    need = estimate(config("model.freeze_vision=true"), MODEL, PROMPT, 1)
+    assert sizes(need.update)["vision activations"] == 80 * 1_600 * 4
+
+
+def test_a_group_is_never_split() -> None:
+    need = estimate(config("rollout.batch_size=1"), MODEL, PROMPT, 1)
+    assert sizes(need.rollout)["KV cache"] == 8 * 150 * 20_480
+
+
+def test_the_arithmetic_is_shown() -> None:
+    need = estimate(config("model.dtype=bfloat16", "deepspeed.zero_stage=3"), MODEL, PROMPT, 4)
+    shown = [str(term) for term in need.standing]
+    assert "AdamW: 1.00 G x 12 B / 4 processes (fp32 weights and two moments) = 2.8 GiB" in shown
+
+
+def machine(*, gpus: int = 0, gpu_gib: float = 80, free_gib: float = 400) -> Machine:
+    size = int(gpu_gib * GIB)
+    return Machine((Gpu("a GPU", (9, 0), size, size),) * gpus, 8, int(free_gib * GIB), int(free_gib * GIB))
+
+
+def test_on_a_cpu_the_processes_share_main_memory() -> None:
+    need = estimate(config(), MODEL, PROMPT, 2).peak + CPU_RUNTIME
+    (fits,) = check_memory(config(), machine(free_gib=2 * need / GIB + 0.001), MODEL, PROMPT, 2)
+    (tight,) = check_memory(config(), machine(free_gib=2 * need / GIB - 0.001), MODEL, PROMPT, 2)
+    assert fits.state == "ok"
+    assert tight.state == "warning"
+
+
+def test_states_that_do_not_fit_are_missing_and_a_large_batch_is_a_warning() -> None:
+    need = estimate(config(), MODEL, PROMPT, 1)
+    between = (need.fixed + need.peak) / 2 + CUDA_RUNTIME
+    checks = check_memory(config(), machine(gpus=1, gpu_gib=between / GIB), MODEL, PROMPT, 1)
+    assert [check.state for check in checks] == ["warning", "ok"]
+    below = need.fixed + CUDA_RUNTIME - 2**20
+    assert check_memory(config(), machine(gpus=1, gpu_gib=below / GIB), MODEL, PROMPT, 1)[0].state == "missing"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gpu_gib", "settings"),
+    [
+        (1, 16.1, ["optim.micro_batch_size=64"]),  # activations of 64 rows
+        (2, 14.0, []),  # 16 GB of states
+        (1, 12.0, []),
+        (1, 9.0, ["loss.beta=0.04"]),
+    ],
+)
+def test_the_remedy_is_settings_that_fit(gpus: int, gpu_gib: float, settings: list[str]) -> None:
+    here = machine(gpus=gpus, gpu_gib=gpu_gib)
+    check = check_memory(config(*settings), here, MODEL, PROMPT, gpus)[0]
+    assert check.state != "ok"
+    assert check.remedy is not None
+    mended = config(*settings, *check.remedy.split())
+    assert [check.state for check in check_memory(mended, here, MODEL, PROMPT, gpus)] == ["ok", "ok"]
+
+
+def test_where_no_setting_helps_the_remedy_is_the_least_number_of_gpus() -> None:
+    here = machine(gpus=1, gpu_gib=7.5, free_gib=12)  # too little main memory to offload to
+    check = check_memory(config("model.dtype=bfloat16"), here, MODEL, PROMPT, 1)[0]
+    assert check.remedy is not None
+    count = int(check.remedy.split()[3])
+    assert check.remedy.endswith("deepspeed.zero_stage=3")
+    sharded = config("model.dtype=bfloat16", "deepspeed.zero_stage=3")
+    assert 16 % count == 0  # prompts of a step
+    assert check_memory(sharded, machine(gpus=count, gpu_gib=7.5), MODEL, PROMPT, count)[0].state == "ok"
+    assert check_memory(sharded, machine(gpus=count // 2, gpu_gib=7.5), MODEL, PROMPT, count // 2)[0].state != "ok"
+
+
+def test_main_memory_must_hold_the_model_of_every_process_while_it_loads() -> None:
+    # 4 processes x (policy and reference, 4 GB each, and the interpreter)
+    need = 4 * (8_000_000_000 + CPU_RUNTIME)
+    settings = config("loss.beta=0.04", "deepspeed.zero_stage=3")
+    below = check_memory(settings, machine(gpus=4, free_gib=need / GIB - 0.01), MODEL, PROMPT, 4)[1]
+    above = check_memory(settings, machine(gpus=4, free_gib=need / GIB + 0.01), MODEL, PROMPT, 4)[1]
+    assert (below.name, below.state, above.state) == ("main memory", "missing", "ok")

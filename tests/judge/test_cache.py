@@ -1,0 +1,194 @@
+"""Kept verdicts: found again by everything they depend on, by several processes at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mrpo.errors import UserError
+from mrpo.judge.answers import AnswerRequest
+from mrpo.judge.cache import FILE_NAME, CachedAnswerJudge, CachedJudge, VerdictCache
+from mrpo.judge.lexical import LexicalJudge
+from mrpo.records import Example, JudgeRequest, StepVerdict, Unjudged, Verdict
+
+
+class CountingJudge:
+    """Judges by the length of a step, fails on what it is told to, and counts what it is asked."""
+
+    name = "counting"
+
+    def __init__(self, identity: str = "a", fails: bool = False) -> None:
+        self.identity, self.fails = identity, fails
+        self.asked: Counter[str] = Counter()
+
+    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
+        self.asked.update(request.example.question for request in requests)
+        if self.fails:
+            return [Unjudged("down") for _ in requests]
+        return [
+            Verdict(tuple(StepVerdict(len(step) > 2, len(step) > 4, f"{step} «é»") for step in request.steps))
+            for request in requests
+        ]
+
+    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
+        self.asked.update(request.example.question for request in requests)
+        return [Unjudged("down") if self.fails else request.answer == request.example.answer for request in requests]
+
+
+def request(question: str = "q", **changes: Any) -> JudgeRequest:
+    example = Example("1", (Image.new("RGB", (4, 4)),), question, "gold", "why", "test")
+    fields = {"steps": ("one", "three"), "answer": "gold"} | {k: v for k, v in changes.items() if k in REQUEST_FIELDS}
+    return JudgeRequest(replace(example, **{k: v for k, v in changes.items() if k not in REQUEST_FIELDS}), **fields)
+
+
+REQUEST_FIELDS = ("steps", "answer")
+
+
+def test_a_second_run_asks_for_nothing_and_gets_the_same(tmp_path: Path) -> None:
+    requests = [request(f"q{i}", steps=("a", "bcd", "efghi")[: i + 1]) for i in range(3)]
+    first = CountingJudge()
+    told = CachedJudge(first, VerdictCache(tmp_path)).judge(requests)
+    assert told == CountingJudge().judge(requests)
+    second = CountingJudge()
+    assert CachedJudge(second, VerdictCache(tmp_path)).judge(requests[::-1]) == told[::-1]
+    assert not second.asked
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "question": {"question": "other"},
+    "gold answer": {"answer_": "other"},
+    "gold rationale": {"rationale": "other"},
+    "no gold rationale": {"rationale": None},
+    "image": {"images": (Image.new("RGB", (4, 4), "red"),)},
+    "image size": {"images": (Image.new("RGB", (2, 8)),)},
+    "another image": {"images": (Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4)))},
+    "a step": {"steps": ("one", "four")},
+    "steps joined": {"steps": ("one three",)},
+    "the answer": {"answer": "silver"},
+    "no answer": {"answer": None},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_the_verdict_depends_on_is_asked_anew(tmp_path: Path, change: str) -> None:
+    changes = dict(CHANGES[change])
+    gold = changes.pop("answer_", "gold")
+    changed = request(**changes)
+    changed = replace(changed, example=replace(changed.example, answer=gold))
+    judge = CountingJudge()
+    cached = CachedJudge(judge, VerdictCache(tmp_path))
+    cached.judge([request()])
+    cached.judge([changed])
+    assert judge.asked.total() == 2
+    other = CountingJudge(identity="b")
+    CachedJudge(other, VerdictCache(tmp_path)).judge([request()])
+    assert other.asked.total() == 1
+
+
+def test_what_it_does_not_depend_on_is_not_asked_anew(tmp_path: Path) -> None:
+    judge = CountingJudge()
+    cached = CachedJudge(judge, VerdictCache(tmp_path))
+    cached.judge([request()])
+    cached.judge([request(id="2", split="train", metadata={"organ": "lung"})])
+    assert judge.asked.total() == 1
+
+
+def test_an_image_file_counts_by_its_content(tmp_path: Path) -> None:
+    names = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for name, color in zip(names, ("red", "red", "blue"), strict=True):
+        Image.new("RGB", (4, 4), color).save(name)
+    judge = CountingJudge()
+    cached = CachedJudge(judge, VerdictCache(tmp_path))
+    for name in names:
+        cached.judge([request(images=(name,))])
+    assert judge.asked.total() == 2
+    names[0].write_bytes(names[2].read_bytes() + b"more")
+    cached.judge([request(images=(names[0],))])
+    assert judge.asked.total() == 3
+
+
+def test_one_batch_asks_for_the_same_once_and_keeps_the_order(tmp_path: Path) -> None:
+    judge = CountingJudge()
+    requests = [request("q", steps=steps) for steps in (("abc",), ("a",), ("abc",), ("a",))]
+    results = CachedJudge(judge, VerdictCache(tmp_path)).judge(requests)
+    assert [result.validity for result in results if isinstance(result, Verdict)] == [(True,), (False,)] * 2
+    assert judge.asked.total() == 2
+
+
+def test_unjudged_is_not_kept(tmp_path: Path) -> None:
+    down = CachedJudge(CountingJudge(fails=True), VerdictCache(tmp_path))
+    assert down.judge([request()]) == [Unjudged("down")]
+    answer = AnswerRequest(request().example, "gold")
+    assert CachedAnswerJudge(CountingJudge(fails=True), VerdictCache(tmp_path)).judge_answers([answer]) == [
+        Unjudged("down")
+    ]
+    up = CountingJudge()
+    assert isinstance(CachedJudge(up, VerdictCache(tmp_path)).judge([request()])[0], Verdict)
+    assert CachedAnswerJudge(up, VerdictCache(tmp_path)).judge_answers([answer]) == [True]
+    assert up.asked.total() == 2
+
+
+def test_an_unreadable_image_is_left_to_the_judge(tmp_path: Path) -> None:
+    judge = CountingJudge()
+    cached = CachedJudge(judge, VerdictCache(tmp_path))
+    for _ in range(2):
+        assert isinstance(cached.judge([request(images=(tmp_path / "none.png",))])[0], Verdict)
+    assert judge.asked.total() == 2
+
+
+def test_answers(tmp_path: Path) -> None:
+    example = request().example
+    requests = [AnswerRequest(example, answer) for answer in ("gold", "lead", None, "gold", "\ud800")]
+    judge = CountingJudge()
+    expected = [True, False, False, True, False]
+    assert CachedAnswerJudge(judge, VerdictCache(tmp_path)).judge_answers(requests) == expected
+    assert judge.asked.total() == 4
+    assert CachedAnswerJudge(judge, VerdictCache(tmp_path)).judge_answers(requests) == expected
+    assert judge.asked.total() == 4
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("no database, but long enough for its header to be looked at")
+    with pytest.raises(UserError, match=rf"{FILE_NAME}: .*delete the file"):
+        VerdictCache(tmp_path)
+    with pytest.raises(UserError, match="name a folder"):
+        VerdictCache(tmp_path / FILE_NAME / "inner")
+
+
+def test_a_judge_without_identity_cannot_be_told_apart() -> None:
+    from mrpo.judge.cache import IdentifiedJudge
+
+    assert isinstance(CountingJudge(), IdentifiedJudge)
+    assert not isinstance(LexicalJudge(min_overlap=0.3), IdentifiedJudge)
+
+
+def _work(folder: Path, start: Callable[[], Any], offset: int) -> None:
+    start()
+    cached = CachedJudge(CountingJudge(), VerdictCache(folder))
+    for i in range(40):
+        # Every question is judged by both processes, from opposite ends.
+        number = i if offset == 0 else 39 - i
+        cached.judge([request(f"q{number}"), request(f"only {offset} {number}")])
+
+
+def test_two_processes_share_a_cache(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=_work, args=(tmp_path, barrier.wait, offset)) for offset in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    judge = CountingJudge()
+    names = [name for i in range(40) for name in (f"q{i}", f"only 0 {i}", f"only 1 {i}")]
+    results = CachedJudge(judge, VerdictCache(tmp_path)).judge([request(name) for name in names])
+    assert results == CountingJudge().judge([request(name) for name in names])
+    assert not judge.asked
