@@ -126,7 +126,12 @@ def test_a_reader_that_leaves_early_ends_it_quietly() -> None:
 def test_ctrl_c_ends_it_with_status_130_and_no_traceback(tmp_path: Path) -> None:
     fifo = tmp_path / "config.yaml"
     os.mkfifo(fifo)
-    process = subprocess.Popen([*MRPO, "config", "--config", str(fifo)], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*MRPO, "config", "--config", str(fifo)],
+        stderr=subprocess.PIPE,
+        # A shell starts background jobs with Ctrl-C ignored, which the command would inherit from this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     writer = fifo.open("w")  # returns once the command reads the file; it then waits for what is never written
     process.send_signal(signal.SIGINT)
