@@ -20,7 +20,7 @@ from mrpo.data.targets import sft_target
 from mrpo.errors import UserError
 from mrpo.kernels import step_advantages
 from mrpo.policy import STAT_NAMES, NonFiniteLossError, Policy, UpdateStats
-from mrpo.records import Example, Group, ScoredCompletion, Verdict
+from mrpo.records import Example, Group, ScoredCompletion, Unjudged, Verdict
 from mrpo.rollout import RolloutEngine, SamplingParams
 from mrpo.runtime import Runtime
 from mrpo.samples import sample_record, save_images
@@ -76,7 +76,7 @@ class Trainer:
         with self._timed("judge"):
             scored = self.scorer.score(groups)
             table = columns(self.runtime.gather_rows(score_table(scored, self.config.advantage.tau)))
-        self._check_judged(table["unjudged"])
+        self._check_judged(table["unjudged"], scored)
         advantages = self._group_advantages(table)
         with self._timed("update"):
             rows = self._rows(groups, scored, self._mine(advantages))
@@ -182,12 +182,13 @@ class Trainer:
             raise UserError(f"step {step + 1}: the loss is not finite; the step's inputs are in {path}") from error
         return stats
 
-    def _check_judged(self, unjudged: torch.Tensor) -> None:
+    def _check_judged(self, unjudged: torch.Tensor, scored: Sequence[ScoredCompletion]) -> None:
         share, limit = unjudged.mean().item(), self.config.judge.max_unjudged
         if share > limit:
+            reasons = (item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged))
             raise UserError(
-                f"the judge left {share:.0%} of a step's completions unjudged, above judge.max_unjudged={limit:.0%}; "
-                "see the samples file for its reasons"
+                f"the judge left {share:.0%} of a step's completions unjudged, above judge.max_unjudged={limit:.0%}: "
+                f"{next(reasons, 'on other processes')}"
             )
 
     def _checkpoint_due(self, step: int) -> bool:

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from metric_oracles import bootstrap_interval
 
 from mrpo.estimates import estimate_mean, mean, resampled_means, two_sided_p
-from mrpo.metrics import bootstrap_interval
 
 
 def test_the_fast_bootstrap_is_the_plain_one() -> None:

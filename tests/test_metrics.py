@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from metric_oracles import bootstrap_interval, summarize
 
 from mrpo.metrics import (
-    bootstrap_interval,
     failure_accumulation_rate,
     failure_bin,
     failure_stage,
     first_failure_point,
-    summarize,
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mrpo.config import Config
+from mrpo.errors import UserError
 from mrpo.records import Completion, Rewards, ScoredCompletion, Step, StepVerdict, Unjudged, Verdict
 from mrpo.runtime import Runtime
 from mrpo.scoring import COLUMNS, columns, score_table, total_reward
@@ -115,3 +116,12 @@ def test_token_weights(normalization: str, expected: list[float]) -> None:
 def test_weights_of_a_batch_without_kept_completions_are_zero() -> None:
     weights = trainer()._token_weights([3], [False])
     assert weights[0].tolist() == [0.0] * 3
+
+
+def test_too_many_unjudged_stop_the_run_with_the_judges_reason() -> None:
+    made = trainer(judge={"max_unjudged": 0.4})
+    items = [scored([True]), scored(None)]
+    unjudged = columns(score_table(items, tau=0.6))["unjudged"]
+    with pytest.raises(UserError, match=r"50% .* judge\.max_unjudged=40%: no$"):
+        made._check_judged(unjudged, items)
+    trainer(judge={"max_unjudged": 0.5})._check_judged(unjudged, items)

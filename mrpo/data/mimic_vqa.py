@@ -32,7 +32,7 @@ def load_mimic_vqa(root: Path, split: Split, **options: Unpack[ReadOptions]) -> 
 
 
 def _answer(row: Row) -> str:
-    """The findings in one line; the empty list is the published answer "none of them"."""
+    """The findings in one line; the empty list is read as "none", which is our interpretation."""
     answer = row.get("answer")
     if not isinstance(answer, list):
         return text(row, "answer")

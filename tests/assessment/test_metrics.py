@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from assessed_items import item
+from metric_oracles import summarize
 
 from mrpo.assessment import METRICS, tabulate
-from mrpo.metrics import summarize
 
 # First failure points: 1/4 early, bin 2, rate 1/3; 2/3 mid, bin 4, rate 1; 1 late, bin 5, no rate; none; no steps;
 # not judged.

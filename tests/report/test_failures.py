@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
+from metric_oracles import summarize
 from PIL import Image
 
 from mrpo.estimates import question_ids, sum_by_question
-from mrpo.metrics import NUM_BINS, STAGES, first_failure_bin, first_failure_stage, summarize
+from mrpo.metrics import NUM_BINS, STAGES, first_failure_bin, first_failure_stage
 from mrpo.quantities import incorrect_in_bin, is_in_stage, is_in_stage_of_failures, rate_in_bin
 from mrpo.records import EvaluatedSample
 from mrpo.report.failures import draw_failures, estimate_each
