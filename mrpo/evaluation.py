@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from mrpo.backbones import Processor
 from mrpo.config import Config
+from mrpo.quantities import fully_valid, is_in_stage
 from mrpo.records import EvaluatedSample, Example, ScoredCompletion, Verdict
 from mrpo.rollout import RolloutEngine, SamplingParams
 from mrpo.runtime import Runtime
@@ -53,6 +55,20 @@ def evaluate(
     parts = runtime.gather_objects(samples)
     ordered = [parts[i % runtime.world_size][i // runtime.world_size] for i in range(len(examples))]
     return Evaluation(ordered, shown[: config.log.samples])
+
+
+def validation_metrics(samples: Sequence[EvaluatedSample]) -> dict[str, float]:
+    """Means over the questions: validation/accuracy; of those judged, reward, early (failures) and fully_valid."""
+    quantities = {"early": is_in_stage("early"), "fully_valid": fully_valid}
+    metrics = {
+        "accuracy": [float(s.correct) for s in samples],
+        "reward": [s.reward for s in samples if s.validity is not None],
+    }
+    metrics |= {
+        name: [value for sample in samples if (value := quantity(sample)) is not None]
+        for name, quantity in quantities.items()
+    }
+    return {f"validation/{name}": fmean(values) for name, values in metrics.items() if values}
 
 
 def _evaluated(example: Example, item: ScoredCompletion, config: Config) -> EvaluatedSample:

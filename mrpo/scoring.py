@@ -6,15 +6,19 @@ metrics are computed from the table of the whole batch, so they do not depend on
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
+from mrpo.algorithms import fill_unjudged
 from mrpo.config import Config, RewardConfig
-from mrpo.judge import Judge
+from mrpo.judge import Judge, gold_rationale
+from mrpo.judge.stats import overlap
 from mrpo.metrics import failure_accumulation_rate, failure_stage, first_failure_point
-from mrpo.records import Completion, Example, Group, JudgeRequest, ScoredCompletion, Step, Verdict
+from mrpo.records import Completion, Example, Group, JudgeRequest, ScoredCompletion, Step, Unjudged, Verdict
 from mrpo.rewards import AnswerReward, Rewards, length_reward, process_reward
 from mrpo.steps import extract_answer, find_steps
 
@@ -49,8 +53,20 @@ class ParsedCompletion:
     answer: str | None
 
 
+@dataclass(frozen=True)
+class PendingScore:
+    """A completion whose steps are with the judge."""
+
+    parsed: ParsedCompletion
+    verdict: Future[Verdict | Unjudged]
+
+
 class Scorer:
-    """Finds steps, asks the judge and computes the rewards."""
+    """Finds steps, asks the judge and computes the rewards.
+
+    A completion is handed over with `submit` the moment it is there, in any thread, and `collect` waits for the
+    verdicts when they are needed; what the caller does in between hides the judge.
+    """
 
     def __init__(self, config: Config, judge: Judge, tokenizer: object, think_tag: str) -> None:
         self._config = config
@@ -58,28 +74,65 @@ class Scorer:
         self._tokenizer = tokenizer
         self._think_tag = think_tag
         self._answer_reward = AnswerReward(config.reward)
+        self._waited = 0.0
+        self._has_gold: list[bool] = []  # of the completions collected
+
+    def submit(self, example: Example, completion: Completion) -> PendingScore:
+        """Takes the completion apart and begins to judge its steps."""
+        steps = tuple(find_steps(completion.token_ids, self._tokenizer, think_tag=self._think_tag))
+        answer = extract_answer(completion.text, think_tag=self._think_tag)
+        return submit_parsed(ParsedCompletion(example, completion, steps, answer), self._judge)
+
+    def collect(self, pending: Sequence[PendingScore]) -> list[ScoredCompletion]:
+        """Waits for the verdicts and computes the rewards, in order.
+
+        Raises:
+            UserError: verdicts cannot be kept.
+        """
+        self._has_gold += [gold_rationale(item.parsed.example) is not None for item in pending]
+        scored, waited = collect_scores(pending, answer_reward=self._answer_reward, config=self._config.reward)
+        self._waited += waited
+        return scored
 
     def score(self, groups: Sequence[Group]) -> list[ScoredCompletion]:
         """Every completion of `groups`, prompt by prompt."""
-        parsed = [
-            ParsedCompletion(
-                group.example,
-                completion,
-                tuple(find_steps(completion.token_ids, self._tokenizer, think_tag=self._think_tag)),
-                extract_answer(completion.text, think_tag=self._think_tag),
-            )
-            for group in groups
-            for completion in group.completions
-        ]
-        return score_parsed(parsed, judge=self._judge, answer_reward=self._answer_reward, config=self._config.reward)
+        return self.collect(
+            [self.submit(group.example, completion) for group in groups for completion in group.completions]
+        )
+
+    def judge_stats(self) -> dict[str, float]:
+        """Metrics of the judge since the last call, of this process; `merge_stats` puts those of all together.
+
+        judge/wait_s: seconds that `collect` stood waiting; judge/without_gold: share of the completions whose question
+        has no gold rationale, so that Answer Contribution alone makes their steps valid. Of a judge that is asked over
+        a network also what `Tally.take` and `overlap` in `mrpo.judge.stats` name, judge/cost_usd and judge/cached.
+        """
+        metrics = self._judge.stats() | {"judge/wait_s": self._waited}
+        if self._has_gold:
+            metrics["judge/without_gold"] = 1.0 - sum(self._has_gold) / len(self._has_gold)
+        self._waited, self._has_gold = 0.0, []
+        return metrics | overlap(metrics)
+
+    def close(self) -> None:
+        """Closes the judge."""
+        self._judge.close()
 
 
-def score_parsed(
-    parsed: Sequence[ParsedCompletion], *, judge: Judge, answer_reward: AnswerReward, config: RewardConfig
-) -> list[ScoredCompletion]:
-    """Asks the judge about the steps and computes the rewards of completions that were taken apart before."""
-    verdicts = judge.judge([JudgeRequest(p.example, tuple(step.text for step in p.steps), p.answer) for p in parsed])
+def submit_parsed(parsed: ParsedCompletion, judge: Judge) -> PendingScore:
+    """Begins to judge a completion that was taken apart before."""
+    request = JudgeRequest(parsed.example, tuple(step.text for step in parsed.steps), parsed.answer)
+    return PendingScore(parsed, judge.submit(request))
+
+
+def collect_scores(
+    pending: Sequence[PendingScore], *, answer_reward: AnswerReward, config: RewardConfig
+) -> tuple[list[ScoredCompletion], float]:
+    """The scored completions, in order, and the seconds that went by waiting for verdicts."""
+    parsed = [item.parsed for item in pending]
     answer_rewards = answer_reward([p.answer for p in parsed], [p.example.answer for p in parsed])
+    began = time.perf_counter()
+    verdicts = [item.verdict.result() for item in pending]
+    waited = time.perf_counter() - began
     scored = []
     for item, verdict, (value, parts) in zip(parsed, verdicts, answer_rewards, strict=True):
         rewards = Rewards(
@@ -89,7 +142,7 @@ def score_parsed(
             answer_parts=parts,
         )
         scored.append(ScoredCompletion(item.completion, item.answer, item.steps, verdict, rewards))
-    return scored
+    return scored, waited
 
 
 def score_table(scored: Sequence[ScoredCompletion], tau: float) -> torch.Tensor:
@@ -98,13 +151,30 @@ def score_table(scored: Sequence[ScoredCompletion], tau: float) -> torch.Tensor:
 
 
 def total_reward(table: Mapping[str, torch.Tensor], config: Config) -> torch.Tensor:
-    """(B,) weighted sum of the three rewards; a process reward that is missing counts as nothing."""
+    """(B,) weighted sum of the three rewards. An unjudged completion has its group's mean process reward in it.
+
+    So it is in the advantages, too; see `fill_unjudged`.
+    """
     weights = config.reward
-    process = table["process"].nan_to_num(nan=0.0)
+    process = fill_unjudged(table["process"].view(-1, config.rollout.group_size)).flatten()
     return (
         weights.answer_weight * table["answer"]
         + weights.process_weight * process
         + weights.length_weight * table["length"]
+    )
+
+
+def mean_reward(table: Mapping[str, torch.Tensor], config: Config) -> float:
+    """The weighted sum of the three rewards' means, that of the process reward over the judged completions alone.
+
+    It is the sum of the logged parts, however many completions stay unjudged; 0 stands for the mean of none.
+    """
+    means = {name: table[name].nanmean().nan_to_num(nan=0.0).item() for name in ("answer", "process", "length")}
+    weights = config.reward
+    return (
+        weights.answer_weight * means["answer"]
+        + weights.process_weight * means["process"]
+        + weights.length_weight * means["length"]
     )
 
 

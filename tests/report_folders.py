@@ -83,7 +83,8 @@ def write_run(folder: Path, *, steps: int = 3, config: str = "algorithm: mrpo\no
     Image.new("RGB", (40, 30), "teal").save(folder / "images" / "scan.png")
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     metrics = [
-        {"step": s, "reward": 0.5 * s, "time/step": 2.0, "time/rollout": 1.0, "time/judge": 0.25, "time/update": 0.5}
+        {"step": s, "reward": 0.5 * s, "time/step": 2.0}
+        | {"time/rollout": 1.0, "time/judge_wait": 0.25, "time/update": 0.5}
         for s in range(1, steps + 1)
     ]
     write_lines(folder / "metrics.jsonl", metrics)

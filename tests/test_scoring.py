@@ -1,4 +1,4 @@
-"""From completions to the table of numbers, and from the table to token advantages and weights."""
+"""From completions to the table of numbers."""
 
 from __future__ import annotations
 
@@ -6,43 +6,18 @@ import math
 from typing import Any, cast
 
 import pytest
-import torch
+from scored_items import alone, scored
 
 from mrpo.config import Config
 from mrpo.errors import UserError
-from mrpo.records import Completion, Rewards, ScoredCompletion, Step, StepVerdict, Unjudged, Verdict
-from mrpo.runtime import Runtime
-from mrpo.scoring import COLUMNS, columns, score_table, total_reward
+from mrpo.scoring import COLUMNS, columns, mean_reward, score_table, total_reward
 from mrpo.trainer import Trainer
-
-
-def scored(
-    validity: list[bool] | None, *, answer: float = 0.0, tokens: int = 10, finish: Any = "stop"
-) -> ScoredCompletion:
-    """A completion whose step k holds tokens [1 + 2k, 3 + 2k)."""
-    count = 2 if validity is None else len(validity)
-    return ScoredCompletion(
-        completion=Completion(tuple(range(tokens)), "text", finish),
-        answer="a",
-        steps=tuple(Step(f"s{k}", 1 + 2 * k, 3 + 2 * k) for k in range(count)),
-        verdict=Unjudged("no") if validity is None else Verdict(tuple(StepVerdict(v, False) for v in validity)),
-        rewards=Rewards(answer, None if validity is None else sum(validity) / len(validity), -0.25, {"rouge1": 0.5}),
-    )
-
-
-class OneProcess(Runtime):
-    """Collectives of a process that is alone, without a process group."""
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values.clone()
 
 
 def trainer(**sections: Any) -> Trainer:
     config = Config.model_validate(sections)
     unused = cast(Any, None)
-    return Trainer(
-        config, OneProcess(0, 1, torch.device("cpu")), unused, unused, unused, unused, unused, unused, total_steps=1
-    )
+    return Trainer(config, alone(), unused, unused, unused, unused, unused, unused, total_steps=1)
 
 
 def test_a_row_of_the_table() -> None:
@@ -76,46 +51,28 @@ def test_an_unjudged_row_is_undefined_and_counted() -> None:
         assert math.isnan(table[name].item()), name
 
 
-def test_the_total_is_the_weighted_sum() -> None:
-    table = columns(score_table([scored([True, False], answer=1.0), scored(None, answer=0.5)], tau=0.6))
-    config = Config.model_validate({"reward": {"answer_weight": 2.0, "process_weight": 3.0, "length_weight": 4.0}})
-    assert total_reward(table, config).tolist() == [2 + 1.5 - 1, 1 + 0 - 1]
-
-
-def test_mrpo_shapes_wrong_answers_by_their_steps_and_nothing_else() -> None:
-    items = [scored([False, True, False], answer=0.6), scored([False], answer=0.61), scored(None)]
-    shaped = trainer(algorithm="mrpo")._shape(items, torch.tensor([-0.5, 2.0, 3.0]))
-    first = [-0.5] + 2 * [-0.5 * math.e] + 2 * [0.5] + 2 * [-0.5] + 3 * [-0.5]
-    assert shaped[0].tolist() == pytest.approx(first)
-    assert shaped[1].tolist() == [2.0] * 10
-    assert shaped[2].tolist() == [3.0] * 10
-
-
-@pytest.mark.parametrize("algorithm", ["grpo", "gdpo"])
-def test_baselines_give_every_token_its_group_advantage(algorithm: str) -> None:
-    shaped = trainer(algorithm=algorithm)._shape([scored([False, True])], torch.tensor([-0.5]))
-    assert shaped.tolist() == [[-0.5] * 10]
-
-
-@pytest.mark.parametrize(
-    ("normalization", "expected"),
-    [
-        ("sequence", [1 / (2 * 2), 1 / (4 * 2), 0.0]),
-        ("token", [1 / 6, 1 / 6, 0.0]),
-        ("constant", [1 / (3 * 8), 1 / (3 * 8), 0.0]),
-    ],
+WEIGHTED = Config.model_validate(
+    {
+        "reward": {"answer_weight": 2.0, "process_weight": 3.0, "length_weight": 4.0},
+        "rollout": {"group_size": 2},
+        "optim": {"batch_size": 2},
+    }
 )
-def test_token_weights(normalization: str, expected: list[float]) -> None:
-    made = trainer(loss={"normalization": normalization}, rollout={"max_tokens": 8})
-    weights = made._token_weights([2, 4, 8], [True, True, False])
-    assert [len(w) for w in weights] == [2, 4, 8]
-    for row, value in zip(weights, expected, strict=True):
-        torch.testing.assert_close(row, torch.full_like(row, value))
 
 
-def test_weights_of_a_batch_without_kept_completions_are_zero() -> None:
-    weights = trainer()._token_weights([3], [False])
-    assert weights[0].tolist() == [0.0] * 3
+def test_the_total_is_the_weighted_sum_where_an_unjudged_completion_has_its_groups_process_reward() -> None:
+    groups = [[True, False], [True, True]], [[True, False], None], [None, None]
+    table = columns(score_table([scored(validity, answer=1.0) for group in groups for validity in group], tau=0.6))
+    assert total_reward(table, WEIGHTED).tolist() == [2 + p - 1 for p in (1.5, 3, 1.5, 1.5, 0, 0)]
+
+
+def test_the_mean_reward_is_the_sum_of_the_logged_parts() -> None:
+    """However many stay unjudged: a missing process reward is not one of 0."""
+    items = [scored([True, False], answer=1.0), scored(None, answer=0.5), scored(None, answer=0.0)]
+    table = columns(score_table(items, tau=0.6))
+    assert mean_reward(table, WEIGHTED) == pytest.approx(2 * 0.5 + 3 * 0.5 - 4 * 0.25)
+    nobody = columns(score_table([scored(None), scored(None)], tau=0.6))
+    assert mean_reward(nobody, WEIGHTED) == pytest.approx(-4 * 0.25)
 
 
 def test_too_many_unjudged_stop_the_run_with_the_judges_reason() -> None:

@@ -33,7 +33,7 @@ METRICS = {
     "failures/early": 0.21,
     "tokens_per_s": 1234.4,
     "time/rollout": 0.4,
-    "time/judge": 0.0,
+    "time/judge_wait": 0.0,
     "time/update": 0.6,
     "time/step": 1.0,
 }

@@ -10,16 +10,12 @@ from mrpo.assessment.assessed import Assessed
 from mrpo.assessment.metrics import LEVEL, SEED, tabulate
 from mrpo.assessment.paired import compare
 from mrpo.assessment.questions import AVERAGE, ModelCompletions
-from mrpo.config import Config
-
-# How the judge is reached, which changes no verdict.
-_TRANSPORT = {"api_key_env", "concurrency", "timeout", "retries", "max_unjudged"}
-
+from mrpo.config import JUDGE_TRANSPORT, Config
 
 def settings_of(config: Config, resamples: int) -> dict[str, Any]:
     """All settings that an evaluation depends on."""
     return {
-        "judge": config.judge.model_dump(mode="json", exclude=_TRANSPORT),
+        "judge": config.judge.model_dump(mode="json", exclude=JUDGE_TRANSPORT),
         "reward": config.reward.model_dump(mode="json"),
         "advantage": {"tau": config.advantage.tau},
         "resamples": resamples,

@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache as cached
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from mrpo.assessment.assessed import Assessed, follows_format
 from mrpo.assessment.questions import ModelCompletions, dataset_of
+from mrpo.completions import InferredQuestion
 from mrpo.config import Config
 from mrpo.errors import UserError
 from mrpo.judge import Judge, make_judge
 from mrpo.judge.answers import AnswerJudge, AnswerRequest, make_answer_judge
 from mrpo.judge.cache import CachedAnswerJudge, CachedJudge, IdentifiedAnswerJudge, IdentifiedJudge, VerdictCache
-from mrpo.records import JudgeRequest, Unjudged, Verdict
+from mrpo.records import Unjudged
 from mrpo.rewards import AnswerReward
-from mrpo.scoring import ParsedCompletion, score_parsed
+from mrpo.scoring import ParsedCompletion, PendingScore, collect_scores, submit_parsed
 
-ROUNDS = 8  # completions at once per request under way: verdicts are kept and progress is told after each such batch
+ROUNDS = 8  # completions per request under way in a batch, after each of which progress is told
 
-Request = TypeVar("Request", JudgeRequest, AnswerRequest)
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class _Batch:
+    """Completions with the judges: question and sample of each, and what they will say of its steps and answer."""
+
+    places: list[tuple[InferredQuestion, int]]
+    scores: list[PendingScore]
+    answers: list[Future[bool | Unjudged]]
 
 
 class Assessor:
-    """Judges completions with the judges of their data sets.
+    """Judges completions with the judges of their data sets; `close` ends them.
 
     Verdicts of an endpoint are kept in `cache` if there is one; the embedded judges cost less than looking them up.
 
     Raises:
-        UserError: the judge's key or the BERTScore encoder is missing.
+        UserError: the judge's key or an encoder is missing.
     """
-
-    name = "by data set"
 
     def __init__(self, config: Config, cache: VerdictCache | None) -> None:
         self._config = config
         self._cache = cache
         self._answer_reward = AnswerReward(config.reward)
-        self._step_judge_of = cached(self._make_step_judge)
-        self._answer_judge_of = cached(self._make_answer_judge)
+        self._step_judges: dict[str, Judge] = {}
+        self._answer_judges: dict[str, AnswerJudge] = {}
 
     def judge_name(self, datasets: Sequence[str]) -> str:
         """Who judges the steps and who the answers of these data sets."""
-        steps = dict.fromkeys(self._step_judge_of(dataset).name for dataset in datasets)
-        answers = dict.fromkeys(self._answer_judge_of(dataset).name for dataset in datasets)
+        steps = dict.fromkeys(self._step_judge(dataset).name for dataset in datasets)
+        answers = dict.fromkeys(self._answer_judge(dataset).name for dataset in datasets)
         model = f" ({self._config.judge.model})" if self._config.judge.kind == "openai" else ""
         return f"steps: {', '.join(steps)}{model}; answers: {', '.join(answers)}{model}"
 
@@ -57,43 +62,68 @@ class Assessor:
         assessed: list[Assessed] = []
         unjudged: list[str] = []
         size = ROUNDS * self._config.judge.concurrency
-        pairs = [(question, sample) for question in model.questions for sample in range(model.samples)]
-        for start in range(0, len(pairs), size):
-            batch = pairs[start : start + size]
-            inferred = [question.completions[sample] for question, sample in batch]
-            parsed = [
-                ParsedCompletion(question.example, item.completion, item.steps, item.answer)
-                for (question, _), item in zip(batch, inferred, strict=True)
-            ]
-            scored = score_parsed(parsed, judge=self, answer_reward=self._answer_reward, config=self._config.reward)
-            verdicts = self.judge_answers([AnswerRequest(item.example, item.answer) for item in parsed])
-            for (question, sample), item, verdict in zip(batch, scored, verdicts, strict=True):
-                well_formed = follows_format(item.completion, question.think_tag)
-                assessed.append(Assessed(dataset_of(question), question.example, sample, item, verdict, well_formed))
-            unjudged += _reasons(assessed[start:])
+        places = [(question, sample) for question in model.questions for sample in range(model.samples)]
+        batches = (self._submit(places[start : start + size]) for start in range(0, len(places), size))
+        for batch in _one_ahead(batches):
+            found = self._collect(batch)
+            assessed += found
+            unjudged += _reasons(found)
             self._check_judged(unjudged, len(assessed))
-            progress(len(batch))
+            progress(len(found))
         return assessed
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
-        """One result per request, in order, by the step judge of its data set."""
-        return _route(requests, lambda dataset: self._step_judge_of(dataset).judge)
+    def close(self) -> None:
+        """Closes the judges."""
+        judges: list[Judge | AnswerJudge] = [*self._step_judges.values(), *self._answer_judges.values()]
+        for judge in judges:
+            judge.close()
 
-    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
-        """One result per request, in order, by the answer judge of its data set."""
-        return _route(requests, lambda dataset: self._answer_judge_of(dataset).judge_answers)
+    def _submit(self, places: list[tuple[InferredQuestion, int]]) -> _Batch:
+        inferred = [question.completions[sample] for question, sample in places]
+        parsed = [
+            ParsedCompletion(question.example, item.completion, item.steps, item.answer)
+            for (question, _), item in zip(places, inferred, strict=True)
+        ]
+        datasets = [dataset_of(question) for question, _ in places]
+        scores = [submit_parsed(item, self._step_judge(d)) for item, d in zip(parsed, datasets, strict=True)]
+        answers: dict[int, Future[bool | Unjudged]] = {}
+        for dataset in dict.fromkeys(datasets):
+            mine = [place for place, name in enumerate(datasets) if name == dataset]
+            requests = [AnswerRequest(parsed[place].example, parsed[place].answer) for place in mine]
+            answers |= zip(mine, self._answer_judge(dataset).submit_answers(requests), strict=True)
+        return _Batch(places, scores, [answers[place] for place in range(len(places))])
 
-    def _make_step_judge(self, dataset: str) -> Judge:
-        judge = make_judge(self._config.judge, dataset)
-        if self._cache is not None and isinstance(judge, IdentifiedJudge):
-            return CachedJudge(judge, self._cache)
-        return judge
+    def _collect(self, batch: _Batch) -> list[Assessed]:
+        scored, _ = collect_scores(batch.scores, answer_reward=self._answer_reward, config=self._config.reward)
+        return [
+            Assessed(
+                dataset_of(question), question.example, sample, item, answer.result(),
+                follows_format(item.completion, question.think_tag),
+            )
+            for (question, sample), item, answer in zip(batch.places, scored, batch.answers, strict=True)
+        ]  # fmt: skip
 
-    def _make_answer_judge(self, dataset: str) -> AnswerJudge:
-        judge = make_answer_judge(self._config, dataset, self._answer_reward)
-        if self._cache is not None and isinstance(judge, IdentifiedAnswerJudge):
-            return CachedAnswerJudge(judge, self._cache)
-        return judge
+    def _step_judge(self, dataset: str) -> Judge:
+        name = self._judge_key(dataset)
+        if name not in self._step_judges:
+            judge = make_judge(self._config.judge, dataset)
+            if self._cache is not None and isinstance(judge, IdentifiedJudge):
+                judge = CachedJudge(judge, self._cache)
+            self._step_judges[name] = judge
+        return self._step_judges[name]
+
+    def _answer_judge(self, dataset: str) -> AnswerJudge:
+        name = self._judge_key(dataset)
+        if name not in self._answer_judges:
+            judge = make_answer_judge(self._config, dataset, self._answer_reward)
+            if self._cache is not None and isinstance(judge, IdentifiedAnswerJudge):
+                judge = CachedAnswerJudge(judge, self._cache)
+            self._answer_judges[name] = judge
+        return self._answer_judges[name]
+
+    def _judge_key(self, dataset: str) -> str:
+        """What a data set's judges are kept under: an endpoint serves them all."""
+        return "" if self._config.judge.kind == "openai" else dataset
 
     def _check_judged(self, unjudged: Sequence[str], total: int) -> None:
         limit = self._config.judge.max_unjudged
@@ -114,15 +144,11 @@ def _reasons(assessed: Sequence[Assessed]) -> Iterator[str]:
                 break
 
 
-def _route(
-    requests: Sequence[Request], ask_of: Callable[[str], Callable[[Sequence[Request]], Sequence[Result]]]
-) -> list[Result]:
-    """The results of `requests`, in order, where those of one data set go together to `ask_of(dataset)`."""
-    places: dict[str, list[int]] = {}
-    for place, request in enumerate(requests):
-        places.setdefault(str(request.example.metadata["dataset"]), []).append(place)
-    results: dict[int, Result] = {}
-    for dataset, of_dataset in places.items():
-        answers = ask_of(dataset)([requests[place] for place in of_dataset])
-        results |= zip(of_dataset, answers, strict=True)
-    return [results[place] for place in range(len(requests))]
+def _one_ahead(batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The batches, each when the next has been submitted, so that the judges never run dry."""
+    submitted: list[_Batch] = []
+    for batch in batches:
+        submitted.append(batch)
+        if len(submitted) > 1:
+            yield submitted.pop(0)
+    yield from submitted

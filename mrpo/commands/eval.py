@@ -64,7 +64,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings, as of a training run")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR",
-        help="folder that keeps the verdicts of an endpoint, to share between evaluations; default: OUT/cache",
+        help="folder that keeps the verdicts of an endpoint, to share; default: judge.cache, or OUT/cache",
     )  # fmt: skip
     parser.add_argument(
         "--resamples", type=positive, default=10_000, metavar="N", help="bootstrap resamples; default: 10000"
@@ -111,6 +111,8 @@ def _load(file: Path | None, overrides: Sequence[str]) -> Config:
 
 def _evaluate(models: Sequence[ModelCompletions], config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Judges, and writes everything; eval.json comes last, so that a folder with it is complete."""
+    from contextlib import closing
+
     from rich.console import Console
 
     from mrpo.assessment import Assessor
@@ -120,17 +122,18 @@ def _evaluate(models: Sequence[ModelCompletions], config: Config, args: argparse
     from mrpo.report.eval_tables import write_tables
     from mrpo.telemetry import show_progress
 
-    cache = VerdictCache(args.cache or args.out / "cache") if config.judge.kind == "openai" else None
-    assessor = Assessor(config, cache)
+    folder = args.cache or config.judge.cache or args.out / "cache"
+    cache = VerdictCache(folder) if config.judge.kind == "openai" else None
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, highlight=False)  # stdout is for the result
     assessed = {}
-    for model in models:
-        total = len(model.questions) * model.samples
-        with show_progress(f"judging {model.name}", total, console=console) as progress:
-            assessed[model.name] = assessor.assess(model, progress)
-        write_traces(args.out, model.name, assessed[model.name])
-    judge = assessor.judge_name(models[0].datasets)
+    with closing(Assessor(config, cache)) as assessor:
+        for model in models:
+            total = len(model.questions) * model.samples
+            with show_progress(f"judging {model.name}", total, console=console) as progress:
+                assessed[model.name] = assessor.assess(model, progress)
+            write_traces(args.out, model.name, assessed[model.name])
+        judge = assessor.judge_name(models[0].datasets)
     content = build_content(models, assessed, judge, config, args.resamples)
     write_tables(content, args.out / "tables")
     write_content(args.out, content)

@@ -20,7 +20,12 @@ def check_judge(config: Config) -> Check:
         return asyncio.run(_check_endpoint(config.judge))
     if config.algorithm == "sft" or config.data.name == "phantom":
         return Check("judge", "ok", "embedded")
-    fact = f"embedded: on {config.data.name} it compares words and is no medical judge"
+    encoder = config.judge.encoder
+    if encoder is not None and not (encoder / "config.json").is_file():
+        fact = f"judge.encoder={encoder} holds no config.json, so no sentence encoder"
+        return Check("judge", "missing", fact, "judge.encoder=FOLDER of a sentence encoder, or null")
+    compared = "words" if encoder is None else "words and sentences"
+    fact = f"embedded: on {config.data.name} it compares {compared} and is no medical judge"
     return Check("judge", "warning", fact, "judge.kind=openai judge.base_url=URL judge.model=NAME")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from mrpo.config import Config
+from mrpo.judge import finished
 from mrpo.records import Example, Unjudged
 from mrpo.rewards.answer import AnswerReward
 
@@ -32,12 +34,40 @@ class AnswerJudge(Protocol):
 
     name: str
 
+    def submit_answers(self, requests: Sequence[AnswerRequest]) -> list[Future[bool | Unjudged]]:
+        """Begins to judge answers, in order: whether each is correct."""
+        ...
+
     def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
-        """One verdict per request, in order: whether the answer is correct."""
+        """One verdict per request, in order, when all are there."""
+        ...
+
+    def close(self) -> None:
+        """As of a `Judge`."""
         ...
 
 
-class ExactAnswerJudge:
+class _EmbeddedAnswerJudge:
+    def __init__(self, reward: AnswerReward) -> None:
+        self._reward = reward
+
+    def _is_correct(self, value: float, parts: Mapping[str, float]) -> bool:
+        """Whether an answer of this reward is correct."""
+        raise NotImplementedError
+
+    def submit_answers(self, requests: Sequence[AnswerRequest]) -> list[Future[bool | Unjudged]]:
+        return [finished(verdict) for verdict in self.judge_answers(requests)]
+
+    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
+        """One verdict per request, in order; none is ever unjudged."""
+        rewards = self._reward([request.answer for request in requests], [r.example.answer for r in requests])
+        return [self._is_correct(value, parts) for value, parts in rewards]
+
+    def close(self) -> None:
+        pass
+
+
+class ExactAnswerJudge(_EmbeddedAnswerJudge):
     """Correct is what equals the gold answer but for case, white space and a final full stop, or is the same quantity.
 
     Exact where an answer has one right wording, as on phantom.
@@ -45,15 +75,11 @@ class ExactAnswerJudge:
 
     name = "exact"
 
-    def __init__(self, reward: AnswerReward) -> None:
-        self._reward = reward
-
-    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
-        """One verdict per request, in order; none is ever unjudged."""
-        return [parts["symbolic"] == 1.0 for _, parts in _score(self._reward, requests)]
+    def _is_correct(self, value: float, parts: Mapping[str, float]) -> bool:
+        return parts["symbolic"] == 1.0
 
 
-class LexicalAnswerJudge:
+class LexicalAnswerJudge(_EmbeddedAnswerJudge):
     """A stand-in without understanding: correct is an answer whose reward exceeds `tau`, as in training.
 
     Exact answers have reward 1; the others share words with the gold answer. Synonyms are missed, and "left lung" may
@@ -63,11 +89,11 @@ class LexicalAnswerJudge:
     name = "lexical"
 
     def __init__(self, reward: AnswerReward, *, tau: float) -> None:
-        self._reward, self._tau = reward, tau
+        super().__init__(reward)
+        self._tau = tau
 
-    def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
-        """One verdict per request, in order; none is ever unjudged."""
-        return [value > self._tau for value, _ in _score(self._reward, requests)]
+    def _is_correct(self, value: float, parts: Mapping[str, float]) -> bool:
+        return value > self._tau
 
 
 def make_answer_judge(config: Config, data_name: str, reward: AnswerReward) -> AnswerJudge:
@@ -77,13 +103,10 @@ def make_answer_judge(config: Config, data_name: str, reward: AnswerReward) -> A
         UserError: the endpoint needs a key and its environment variable is not set.
     """
     if config.judge.kind == "openai":
+        from mrpo.judge.endpoint import Endpoint
         from mrpo.judge.openai_client import OpenAIAnswerJudge
 
-        return OpenAIAnswerJudge(config.judge)
+        return OpenAIAnswerJudge(Endpoint(config.judge))
     if data_name == "phantom":
         return ExactAnswerJudge(reward)
     return LexicalAnswerJudge(reward, tau=config.advantage.tau)
-
-
-def _score(reward: AnswerReward, requests: Sequence[AnswerRequest]) -> list[tuple[float, dict[str, float]]]:
-    return reward([request.answer for request in requests], [request.example.answer for request in requests])

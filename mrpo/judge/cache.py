@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
-
-from PIL import Image
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from mrpo.errors import UserError
 from mrpo.judge import Judge
 from mrpo.judge.answers import AnswerJudge, AnswerRequest
+from mrpo.judge.images import PerPicture, Picture, image_digest
 from mrpo.records import JudgeRequest, StepVerdict, Unjudged, Verdict
 
 FILE_NAME = "verdicts.sqlite"
@@ -28,6 +29,7 @@ _LOCK_SECONDS = 60.0
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 @runtime_checkable
@@ -45,23 +47,16 @@ class IdentifiedAnswerJudge(AnswerJudge, Protocol):
 
 
 class VerdictCache:
-    """FOLDER/verdicts.sqlite, made if it is missing.
+    """FOLDER/verdicts.sqlite, made if it is missing when it is first used.
 
     The file keeps SQLite's rollback journal: write-ahead logging needs memory that processes share, which network file
-    systems do not give. Every use opens the file anew, so that the object may cross a fork or a thread.
-
-    Raises:
-        UserError: the folder cannot be written, or the file is no such cache.
+    systems do not give. Every use opens the file anew, so that the object may cross a fork or a thread. Every use
+    raises a UserError if the folder cannot be written, or the file is no such cache.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE_NAME
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}; name a folder that can be written") from None
-        with self._open() as connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
+        self._is_made = False
 
     def find(self, keys: Sequence[str]) -> dict[str, Any]:
         """The verdicts, as JSON values, of those keys that have one."""
@@ -79,12 +74,21 @@ class VerdictCache:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
+            if not self._is_made:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
             # A transaction takes the write lock at its start, so that it waits for others and never fails half-way.
             with (
                 closing(sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level="IMMEDIATE")) as connection,
                 connection,
             ):
+                if not self._is_made:
+                    connection.execute(
+                        "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)"
+                    )
+                    self._is_made = True
                 yield connection
+        except OSError as error:
+            raise UserError(f"{self._path.parent}: {error.strerror}; name a folder that can be written") from None
         except sqlite3.Error as error:
             raise UserError(f"{self._path}: {error}; delete the file, or name another folder for the cache") from None
 
@@ -94,12 +98,24 @@ class CachedJudge:
 
     def __init__(self, judge: IdentifiedJudge, cache: VerdictCache) -> None:
         self.name, self.identity = judge.name, judge.identity
-        self._judge, self._cache = judge, cache
+        self._judge = judge
+        key = partial(_step_key, judge.identity, PerPicture(image_digest))
+        self._lookup = _Lookup(cache, key, judge.submit, _write_verdict, _read_verdict)
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict | Unjudged]:
+        """Looks the request up in the background, and asks for it if need be."""
+        return self._lookup.submit(request)
 
     def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
         """One result per request, in order."""
-        keys = [_step_key(self.identity, request) for request in requests]
-        return _through(self._cache, keys, requests, self._judge.judge, _write_verdict, _read_verdict)
+        return [future.result() for future in [self.submit(request) for request in requests]]
+
+    def stats(self) -> dict[str, float]:
+        """Those of the judge, and judge/cached: how many verdicts were found in the cache."""
+        return self._judge.stats() | {"judge/cached": float(self._lookup.take_found())}
+
+    def close(self) -> None:
+        self._lookup.close(self._judge.close)
 
 
 class CachedAnswerJudge:
@@ -107,41 +123,140 @@ class CachedAnswerJudge:
 
     def __init__(self, judge: IdentifiedAnswerJudge, cache: VerdictCache) -> None:
         self.name, self.identity = judge.name, judge.identity
-        self._judge, self._cache = judge, cache
+        self._judge = judge
+        self._lookup = _Lookup(cache, partial(_answer_key, judge.identity), self._ask, bool, bool)
+
+    def submit_answers(self, requests: Sequence[AnswerRequest]) -> list[Future[bool | Unjudged]]:
+        """Looks the requests up in the background, and asks for them if need be."""
+        return [self._lookup.submit(request) for request in requests]
 
     def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
         """One result per request, in order."""
-        keys: list[str | None] = [
-            _key(self.identity, question=r.example.question, gold_answer=r.example.answer, answer=r.answer)
-            for r in requests
-        ]
-        return _through(self._cache, keys, requests, self._judge.judge_answers, bool, bool)
+        return [future.result() for future in self.submit_answers(requests)]
+
+    def close(self) -> None:
+        self._lookup.close(self._judge.close)
+
+    def _ask(self, request: AnswerRequest) -> Future[bool | Unjudged]:
+        return self._judge.submit_answers([request])[0]
 
 
-def _through(
-    cache: VerdictCache,
-    keys: Sequence[str | None],
-    requests: Sequence[Request],
-    ask: Callable[[Sequence[Request]], list[Result | Unjudged]],
-    write: Callable[[Result], Any],
-    read: Callable[[Any], Result],
-) -> list[Result | Unjudged]:
-    """The results of `requests`: those kept, and those that `ask` gives for the others, which are then kept.
+class _Lookup(Generic[Request, Result]):
+    """Between a judge and the cache: one thread that looks up and keeps, so that nobody else waits for the disk.
 
-    A request whose key is None is always asked for.
+    What has gathered while the thread was busy is looked up, or written, in one go. A verdict is written before it is
+    handed out: one that was used is never asked for again. Equal requests share one asking, also when the second comes
+    while the first is under way. A request whose key is None is always asked for.
     """
-    kept = cache.find([key for key in keys if key is not None])
-    names = [place if key is None else key for place, key in enumerate(keys)]
-    missing = {name: request for name, request in zip(names, requests, strict=True) if name not in kept}
-    asked = dict(zip(missing, ask(list(missing.values())), strict=True)) if missing else {}
-    cache.add({name: write(r) for name, r in asked.items() if isinstance(name, str) and not isinstance(r, Unjudged)})
-    return [asked[name] if name in asked else read(kept[str(name)]) for name in names]
+
+    def __init__(
+        self,
+        cache: VerdictCache,
+        key_of: Callable[[Request], str | None],
+        ask: Callable[[Request], Future[Result | Unjudged]],
+        write: Callable[[Result], Any],
+        read: Callable[[Any], Result],
+    ) -> None:
+        self._cache, self._key_of, self._ask, self._write, self._read = cache, key_of, ask, write, read
+        self._thread = ThreadPoolExecutor(1, "verdict-cache")
+        self._submitted: deque[tuple[Request, Future[Result | Unjudged]]] = deque()
+        self._arrived: deque[tuple[str, Future[Result | Unjudged]]] = deque()
+        self._awaited: dict[str, list[Future[Result | Unjudged]]] = {}  # touched by the thread alone
+        self._found = 0
+        self._closed = False
+
+    def submit(self, request: Request) -> Future[Result | Unjudged]:
+        future: Future[Result | Unjudged] = Future()
+        self._submitted.append((request, future))
+        self._thread.submit(self._look_up)
+        return future
+
+    def take_found(self) -> int:
+        """How many requests were found in the cache since the last call."""
+        found, self._found = self._found, 0
+        return found
+
+    def close(self, close_judge: Callable[[], None]) -> None:
+        """Keeps what has arrived, closes the judge between the last asking and the last keeping, ends the thread."""
+        if not self._closed:
+            self._closed = True
+            self._thread.submit(close_judge).result()
+            self._thread.shutdown()
+
+    def _look_up(self) -> None:
+        """The requests that were submitted since the last time."""
+        batch = _drain(self._submitted)
+        try:
+            keys = [self._key_of(request) for request, _ in batch]
+            kept = self._cache.find([key for key in dict.fromkeys(keys) if key is not None])
+        except Exception as error:  # whoever waits must be told
+            _fail([future for _, future in batch], error)
+            return
+        for key, (request, future) in zip(keys, batch, strict=True):
+            try:
+                self._answer(key, kept, request, future)
+            except Exception as error:
+                _fail([future], error)
+
+    def _answer(self, key: str | None, kept: Mapping[str, Any], request: Request, future: Future) -> None:
+        if key is None:
+            self._ask(request).add_done_callback(partial(_hand_over, [future]))
+        elif key in kept:
+            self._found += 1
+            future.set_result(self._read(kept[key]))
+        elif key in self._awaited:
+            self._awaited[key].append(future)
+        else:
+            asked = self._ask(request)
+            self._awaited[key] = [future]
+            asked.add_done_callback(partial(self._arrive, key))
+
+    def _arrive(self, key: str, asked: Future[Result | Unjudged]) -> None:
+        self._arrived.append((key, asked))
+        self._thread.submit(self._keep)
+
+    def _keep(self) -> None:
+        """The verdicts that arrived since the last time."""
+        batch = [(self._awaited.pop(key), key, asked) for key, asked in _drain(self._arrived)]
+        told = {key: asked.result() for _, key, asked in batch if not asked.cancelled() and not asked.exception()}
+        try:
+            self._cache.add({key: self._write(r) for key, r in told.items() if not isinstance(r, Unjudged)})
+        except Exception as error:
+            _fail([future for futures, _, _ in batch for future in futures], error)
+        else:
+            for futures, _, asked in batch:
+                _hand_over(futures, asked)
 
 
-def _step_key(identity: str, request: JudgeRequest) -> str | None:
+def _drain(items: deque[Item]) -> list[Item]:
+    """All that is in `items` now; others may append meanwhile."""
+    return [items.popleft() for _ in range(len(items))]
+
+
+def _hand_over(futures: Sequence[Future], asked: Future) -> None:
+    if asked.cancelled():
+        _fail(futures, CancelledError())
+    elif error := asked.exception():
+        _fail(futures, error)
+    else:
+        for future in futures:
+            future.set_result(asked.result())
+
+
+def _fail(futures: Sequence[Future], error: BaseException) -> None:
+    for future in futures:
+        future.set_exception(error)
+
+
+def _answer_key(identity: str, request: AnswerRequest) -> str:
+    example = request.example
+    return _key(identity, question=example.question, gold_answer=example.answer, answer=request.answer)
+
+
+def _step_key(identity: str, digest: Callable[[Picture], str], request: JudgeRequest) -> str | None:
     example = request.example
     try:
-        images = [_image_digest(image) for image in example.images]
+        images = [digest(image) for image in example.images]
     except OSError:
         return None  # the judge says what is wrong with the image
     return _key(
@@ -158,21 +273,6 @@ def _step_key(identity: str, request: JudgeRequest) -> str | None:
 def _key(identity: str, **content: Any) -> str:
     text = json.dumps({"format": _FORMAT, "judge": identity, **content}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _image_digest(image: Path | Image.Image) -> str:
-    if isinstance(image, Path):
-        status = image.stat()
-        return _file_digest(image, status.st_mtime_ns, status.st_size)
-    content = hashlib.sha256(f"{image.mode} {image.size} ".encode())
-    content.update(image.tobytes())
-    return content.hexdigest()
-
-
-@lru_cache(maxsize=1 << 16)
-def _file_digest(path: Path, modified: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_verdict(verdict: Verdict) -> list[list[Any]]:

@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mrpo.records import JudgeRequest, StepVerdict, Unjudged, Verdict
+from mrpo.judge import EmbeddedJudge
+from mrpo.records import JudgeRequest, StepVerdict, Verdict
 
 REPEATED = 0.9  # share of common words (Jaccard) above which two steps say the same
 
@@ -37,7 +38,7 @@ _META_TALK = re.compile(
 )
 
 
-class LexicalJudge:
+class LexicalJudge(EmbeddedJudge):
     """The word-comparing stand-in; `min_overlap` in [0, 1] is the share of a step's words that must be found."""
 
     name = "lexical"
@@ -45,14 +46,14 @@ class LexicalJudge:
     def __init__(self, *, min_overlap: float) -> None:
         self._min_overlap = min_overlap
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
-        """One verdict per request, in order; none is ever unjudged."""
-        return [self._judge_one(request) for request in requests]
+    def judge_one(self, request: JudgeRequest) -> Verdict:
+        return self.compare(request, [False] * len(request.steps))
 
-    def _judge_one(self, request: JudgeRequest) -> Verdict:
+    def compare(self, request: JudgeRequest, means_the_same: Sequence[bool]) -> Verdict:
+        """The verdict, where `means_the_same` says of each step that something else found it in the gold rationale."""
         verdicts: list[StepVerdict] = []
         earlier: list[frozenset[str]] = []
-        for step in request.steps:
+        for step, same in zip(request.steps, means_the_same, strict=True):
             words = content_words(step)
             if _META_TALK.match(step.strip()):
                 verdicts.append(StepVerdict(False, False, "talks about the task"))
@@ -61,18 +62,18 @@ class LexicalJudge:
             elif any(len(words & other) > REPEATED * len(words | other) for other in earlier):
                 verdicts.append(StepVerdict(False, False, "repeats an earlier step"))
             else:
-                verdicts.append(self._compare(words, request))
+                verdicts.append(self._compare_step(words, request, same))
             earlier.append(words)
         return Verdict(tuple(verdicts))
 
-    def _compare(self, words: frozenset[str], request: JudgeRequest) -> StepVerdict:
+    def _compare_step(self, words: frozenset[str], request: JudgeRequest, means_the_same: bool) -> StepVerdict:
         example = request.example
         gold, answer = content_words(example.rationale or ""), content_words(example.answer)
         question = content_words(example.question)
         gold_sides = sides(gold | answer)
         if gold_sides and sides(words) - gold_sides:
             return StepVerdict(False, False, f"names another side than {' and '.join(sorted(gold_sides))}")
-        aligned = bool(gold) and self._enough(words, gold)
+        aligned = bool(gold) and (means_the_same or self._enough(words, gold))
         on_topic = self._enough(words, question) and bool(words - question)
         contributes = bool(words & answer) or on_topic
         return StepVerdict(aligned, contributes, "" if aligned or contributes else "shares too few words with the gold")

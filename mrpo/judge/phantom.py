@@ -9,24 +9,20 @@ wrong and to pad with true remarks that lead nowhere.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from mrpo.data.phantom.language import Statement, parse
 from mrpo.data.phantom.questions import Question, Reading, reason
 from mrpo.data.phantom.scene import Scene
+from mrpo.judge import EmbeddedJudge
 from mrpo.records import Example, JudgeRequest, StepVerdict, Unjudged, Verdict
 
 
-class PhantomJudge:
+class PhantomJudge(EmbeddedJudge):
     """Judges the steps of phantom examples; any other example is `Unjudged`."""
 
     name = "phantom-strict"
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
-        """One verdict per request, in order."""
-        return [self._judge_one(request) for request in requests]
-
-    def _judge_one(self, request: JudgeRequest) -> Verdict | Unjudged:
+    def judge_one(self, request: JudgeRequest) -> Verdict | Unjudged:
         if "scene" not in request.example.metadata:
             return Unjudged(f"{request.example.id} is no phantom example: it has no scene")
         reader = _Reader(request.example)

@@ -25,6 +25,7 @@ from mrpo.report.style import (
     PURPLE,
     RED,
     STAGE_COLORS,
+    TIME_COLORS,
     figure_style,
     save_png,
     title_with_legend,
@@ -204,9 +205,11 @@ _PANELS = (
     _Panel(
         "Seconds per step",
         (
-            _Curve("time/rollout", "rollout", BLUE),
-            _Curve("time/judge", "judge", ORANGE),
-            _Curve("time/update", "update", GREEN),
+            *(
+                _Curve(f"time/{stage}", stage.replace("_", " "), color)
+                for stage, color in TIME_COLORS.items()
+                if stage != "other"
+            ),
         ),
         _draw_stack,
     ),

@@ -49,13 +49,15 @@ _QUALITY: tuple[tuple[str, str, Format], ...] = (
 _SPEED: tuple[tuple[str, str, Format], ...] = (
     ("tokens/s", "tokens_per_s", _thousands),
     ("rollout", "time/rollout", _seconds),
-    ("judge", "time/judge", _seconds),
+    ("judge wait", "time/judge_wait", _seconds),
     ("update", "time/update", _seconds),
     ("step", "time/step", _seconds),
     ("KL", "kl", format_compact),
     ("learning rate", "lr", format_compact),
     ("memory GiB", "memory_gib", format_compact),
 )
+# What a plain line calls the longest stages of a step.
+_PHASES = {"rollout": "rollout", "judge": "judge_wait", "update": "update"}
 
 
 class Pace:
@@ -258,9 +260,9 @@ def step_line(global_step: int, total_steps: int, metrics: Mapping[str, float], 
         parts.append(f"early {format_number(metrics['failures/early'])}")
     if "tokens_per_s" in metrics:
         parts.append(f"{_thousands(metrics['tokens_per_s'])} tok/s")
-    phases = [name for name in ("rollout", "judge", "update") if f"time/{name}" in metrics]
+    phases = {name: f"time/{key}" for name, key in _PHASES.items() if f"time/{key}" in metrics}
     if phases:
-        parts.append(" ".join(f"{name} {_seconds(metrics[f'time/{name}'])}" for name in phases))
+        parts.append(" ".join(f"{name} {_seconds(metrics[key])}" for name, key in phases.items()))
     if remaining is not None:
         parts.append(f"remaining {format_duration(remaining)}")
     return "  ".join(parts)

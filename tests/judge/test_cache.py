@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +17,14 @@ import pytest
 from PIL import Image
 
 from mrpo.errors import UserError
+from mrpo.judge import EmbeddedJudge, finished
 from mrpo.judge.answers import AnswerRequest
 from mrpo.judge.cache import FILE_NAME, CachedAnswerJudge, CachedJudge, VerdictCache
 from mrpo.judge.lexical import LexicalJudge
 from mrpo.records import Example, JudgeRequest, StepVerdict, Unjudged, Verdict
 
 
-class CountingJudge:
+class CountingJudge(EmbeddedJudge):
     """Judges by the length of a step, fails on what it is told to, and counts what it is asked."""
 
     name = "counting"
@@ -28,18 +33,18 @@ class CountingJudge:
         self.identity, self.fails = identity, fails
         self.asked: Counter[str] = Counter()
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict | Unjudged]:
-        self.asked.update(request.example.question for request in requests)
+    def judge_one(self, request: JudgeRequest) -> Verdict | Unjudged:
+        self.asked[request.example.question] += 1
         if self.fails:
-            return [Unjudged("down") for _ in requests]
-        return [
-            Verdict(tuple(StepVerdict(len(step) > 2, len(step) > 4, f"{step} «é»") for step in request.steps))
-            for request in requests
-        ]
+            return Unjudged("down")
+        return Verdict(tuple(StepVerdict(len(step) > 2, len(step) > 4, f"{step} «é»") for step in request.steps))
 
     def judge_answers(self, requests: Sequence[AnswerRequest]) -> list[bool | Unjudged]:
         self.asked.update(request.example.question for request in requests)
         return [Unjudged("down") if self.fails else request.answer == request.example.answer for request in requests]
+
+    def submit_answers(self, requests: Sequence[AnswerRequest]) -> list[Future[bool | Unjudged]]:
+        return [finished(result) for result in self.judge_answers(requests)]
 
 
 def request(question: str = "q", **changes: Any) -> JudgeRequest:
@@ -157,9 +162,100 @@ def test_answers(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text("no database, but long enough for its header to be looked at")
     with pytest.raises(UserError, match=rf"{FILE_NAME}: .*delete the file"):
-        VerdictCache(tmp_path)
+        CachedJudge(CountingJudge(), VerdictCache(tmp_path)).judge([request()])
     with pytest.raises(UserError, match="name a folder"):
-        VerdictCache(tmp_path / FILE_NAME / "inner")
+        VerdictCache(tmp_path / FILE_NAME / "inner").find(["key"])
+
+
+class HeldJudge(CountingJudge):
+    """Gives its verdicts when it is let to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[JudgeRequest, Future[Verdict | Unjudged]]] = []
+        self.is_asked = threading.Semaphore(0)
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict | Unjudged]:
+        future: Future[Verdict | Unjudged] = Future()
+        self.held.append((request, future))
+        self.is_asked.release()
+        return future
+
+    def release(self) -> None:
+        for request, future in self.held:
+            future.set_result(self.judge_one(request))
+
+    def close(self) -> None:
+        for _, future in self.held:
+            if not future.done():
+                future.set_result(Unjudged("closed"))
+
+
+def test_the_same_submitted_again_while_it_is_under_way_is_asked_for_once(tmp_path: Path) -> None:
+    judge = HeldJudge()
+    cached = CachedJudge(judge, VerdictCache(tmp_path))
+    first = cached.submit(request())
+    assert judge.is_asked.acquire(timeout=30)
+    second, other = cached.submit(request()), cached.submit(request("other"))
+    assert judge.is_asked.acquire(timeout=30)
+    assert not first.done()
+    judge.release()
+    assert first.result(30) == second.result(30) == judge.judge_one(request())
+    assert isinstance(other.result(30), Verdict)
+    assert len(judge.held) == 2
+    assert cached.stats() == {"judge/cached": 0.0}
+    cached.judge([request(), request()])
+    assert cached.stats() == {"judge/cached": 2.0}
+    assert cached.stats() == {"judge/cached": 0.0}
+
+
+def test_a_verdict_is_on_disk_before_it_is_handed_out(tmp_path: Path) -> None:
+    cached = CachedJudge(CountingJudge(), VerdictCache(tmp_path))
+    found = []
+    for number in range(20):
+        cached.submit(request(f"q{number}")).result(30)
+        with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+            found.append(connection.execute("SELECT count(*) FROM verdicts").fetchone()[0])
+    assert found == list(range(1, 21))
+
+
+class FaultyJudge(CountingJudge):
+    """Has a fault of its own with some questions, before or after it has begun."""
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict | Unjudged]:
+        if request.example.question == "at once":
+            raise ArithmeticError(request.example.question)
+        future: Future[Verdict | Unjudged] = Future()
+        if request.example.question == "later":
+            future.set_exception(ArithmeticError("later"))
+        elif request.example.question == "never":
+            future.cancel()
+            future.set_running_or_notify_cancel()
+        else:
+            future.set_result(self.judge_one(request))
+        return future
+
+
+def test_a_fault_of_the_judge_reaches_whoever_waits_and_nobody_else(tmp_path: Path) -> None:
+    cached = CachedJudge(FaultyJudge(), VerdictCache(tmp_path))
+    names = ["a", "at once", "later", "never", "b"] * 3
+    futures = [cached.submit(request(name)) for name in names]
+    for name, future in zip(names, futures, strict=True):
+        if name in ("a", "b"):
+            assert isinstance(future.result(30), Verdict)
+        else:
+            with pytest.raises(CancelledError if name == "never" else ArithmeticError):
+                future.result(30)
+
+
+def test_closing_tells_whoever_waits(tmp_path: Path) -> None:
+    judge = HeldJudge()
+    cached = CachedJudge(judge, VerdictCache(tmp_path))
+    waiting = [cached.submit(request(f"q{number}")) for number in range(3)]
+    cached.close()
+    cached.close()
+    assert [future.result(30) for future in waiting] == [Unjudged("closed")] * 3
+    assert not VerdictCache(tmp_path).find(["anything"])
 
 
 def test_a_judge_without_identity_cannot_be_told_apart() -> None:

@@ -13,6 +13,7 @@ from mrpo.cli import main
 from mrpo.errors import UserError
 from mrpo.report.page import paper, write_report
 from mrpo.report.page.sections import mean_times
+from mrpo.report.style import TIME_COLORS
 
 
 class Links(HTMLParser):
@@ -96,14 +97,14 @@ def test_settings_show_where_runs_differ(site: Path) -> None:
 
 def test_step_times_add_up(site: Path) -> None:
     for row in rows(site, "step_times"):
-        times = {part: float(row[part]) for part in ("rollout", "judge", "update", "other", "step")}
-        assert times == {"rollout": 1.0, "judge": 0.25, "update": 0.5, "other": 0.25, "step": 2.0}
+        times = {part: float(row[part]) for part in ("rollout", "judge_wait", "update", "other", "step")}
+        assert times == {"rollout": 1.0, "judge_wait": 0.25, "update": 0.5, "other": 0.25, "step": 2.0}
 
 
 def test_mean_times_leave_out_steps_without_a_time() -> None:
     assert mean_times([{"step": 1}, {"step": 2, "time/step": None}]) is None
     records = [{"time/step": 3.0, "time/rollout": 1.0}, {"time/step": float("nan"), "time/rollout": 50.0}]
-    assert mean_times(records) == {"rollout": 1.0, "judge": 0.0, "update": 0.0, "other": 2.0}
+    assert mean_times(records) == dict.fromkeys(TIME_COLORS, 0.0) | {"rollout": 1.0, "other": 2.0}
 
 
 def test_samples_share_the_thumbnail_of_their_image(site: Path) -> None:

@@ -18,9 +18,8 @@ from mrpo.quantities import Judged
 from mrpo.report import failures
 from mrpo.report.curves import Series, curves_figure, smooth
 from mrpo.report.page.paper import CASCADE_BACKBONE, EARLIEST_FAR, SOURCE, STAGE_SHARES
-from mrpo.report.style import BLUE, GREEN, MUTED, ORANGE, PURPLE, RED, figure_style, title_with_legend
+from mrpo.report.style import BLUE, GREEN, MUTED, ORANGE, PURPLE, RED, TIME_COLORS, figure_style, title_with_legend
 
-TIME_PARTS = ("rollout", "judge", "update", "other")
 _RUN_COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#9aa1ad")
 _LINE_STYLES = ("-", "--", ":", "-.")
 _PAPER_COLORS = {"base": "#9aa1ad", "GRPO": BLUE, "GDPO": GREEN, "MRPO": ORANGE}
@@ -143,15 +142,16 @@ def incorrect_answers(evaluations: failures.Evaluations, *, seed: int, resamples
 
 
 def step_times(runs: Mapping[str, Mapping[str, float]]) -> Figure | None:
-    """One bar a run: the mean seconds of a step by TIME_PARTS."""
+    """One bar a run: the mean seconds of a step by stage."""
     if not runs:
         return None
     with figure_style():
         figure, (axes,) = _panels((1.0,), height=1.3 + 0.45 * len(runs))
         left = np.zeros(len(runs))
-        for part, color in zip(TIME_PARTS, (BLUE, ORANGE, GREEN, "#9aa1ad"), strict=True):
+        for part, color in TIME_COLORS.items():
             seconds = np.array([times[part] for times in runs.values()])
-            axes.barh(range(len(runs)), seconds, 0.6, left=left, color=color, label=part, edgecolor="white")
+            name = part.replace("_", " ")
+            axes.barh(range(len(runs)), seconds, 0.6, left=left, color=color, label=name, edgecolor="white")
             left += seconds
         for row, total in enumerate(left):
             axes.annotate(f"{total:.2f} s", (total, row), (4, 0), textcoords="offset points", va="center", color=MUTED)

@@ -18,6 +18,7 @@ from mrpo.report.curves import collect_series
 from mrpo.report.page import figures, paper, tables
 from mrpo.report.page.collect import Evaluation, Run, Sources
 from mrpo.report.page.tables import PageTable
+from mrpo.report.style import TIME_COLORS
 from mrpo.report.table import before_after_table
 from mrpo.telemetry.text import UNDEFINED
 
@@ -170,7 +171,10 @@ def _time(sources: Sources) -> Section:
     figure = figures.step_times(known)
     if figure is None:
         return Section("time", "Step time", missing=("no training run with step times among the sources",))
-    caption = "Mean seconds of a training step: sampling completions, judging them, updating the policy, and the rest."
+    caption = (
+        "Mean seconds of a training step: sampling completions, their log-probabilities, waiting for verdicts, "
+        "updating the policy, bringing its weights to the rollout engine, and the rest."
+    )
     return Section(
         "time",
         "Step time",
@@ -190,7 +194,7 @@ def mean_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         value = record.get(f"time/{part}")
         return float(value) if value is not None and _is_number(value) else 0.0
 
-    named = {part: fmean(seconds(record, part) for record in steps) for part in ("rollout", "judge", "update")}
+    named = {part: fmean(seconds(record, part) for record in steps) for part in TIME_COLORS if part != "other"}
     whole = fmean(seconds(record, "step") for record in steps)
     return {**named, "other": max(0.0, whole - sum(named.values()))}
 

@@ -13,7 +13,7 @@ from mrpo.report.export import Column, Row
 from mrpo.report.failures import estimate_each
 from mrpo.report.page import paper
 from mrpo.report.page.collect import EvaluatedModel, Evaluation, Run
-from mrpo.report.page.figures import TIME_PARTS
+from mrpo.report.style import TIME_COLORS
 from mrpo.report.table import BeforeAfter, row_style
 
 AVERAGE = "average"
@@ -224,9 +224,12 @@ def step_times(times: Mapping[str, Mapping[str, float]]) -> PageTable:
     rows: list[Row] = []
     for name, parts in times.items():
         total = sum(parts.values())
-        shares = {f"{part}_share": parts[part] / total if total > 0 else None for part in TIME_PARTS}
+        shares = {f"{part}_share": parts[part] / total if total > 0 else None for part in TIME_COLORS}
         rows.append({"run": name, **parts, "step": total, **shares})
-    columns = [_text("run"), *(Column(part, f"{part}, s", digits=3) for part in (*TIME_PARTS, "step"))]
-    columns += [Column(f"{part}_share", part, percent=True) for part in TIME_PARTS]
-    note = "Means over the steps that have all times. Other: what a step spends outside the three parts."
+    columns = [
+        _text("run"),
+        *(Column(part, f"{part.replace('_', ' ')}, s", digits=3) for part in (*TIME_COLORS, "step")),
+    ]
+    columns += [Column(f"{part}_share", part.replace("_", " "), percent=True) for part in TIME_COLORS]
+    note = "Means over the steps that have all times. Other: what a step spends outside the parts named."
     return PageTable("step_times", "Mean step time", tuple(columns), tuple(rows), note)

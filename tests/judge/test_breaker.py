@@ -1,0 +1,110 @@
+"""The circuit breaker, with a clock that is set by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from mrpo.judge.breaker import CircuitBreaker
+
+Use = Callable[[bool | None], Awaitable[str | None]]
+
+
+class Harness:
+    def __init__(self, failures: int = 3, pause: float = 10.0) -> None:
+        self.now = 0.0
+        self.openings = 0
+        self.breaker = CircuitBreaker(failures, pause, on_open=self.count, clock=lambda: self.now)
+
+    def count(self) -> None:
+        self.openings += 1
+
+    async def use(self, alive: bool | None) -> bool:
+        """Whether the request was let through; then it went as `alive` says."""
+        async with self.breaker.turn() as turn:
+            if turn.refusal:
+                assert "no route" in turn.refusal
+                return False
+            turn.alive, turn.reason = alive, "no route"
+        return True
+
+
+def test_it_opens_after_failures_in_a_row_alone() -> None:
+    async def run() -> None:
+        h = Harness()
+        for alive in (False, False, True, False, None, False):
+            assert await h.use(alive)
+        assert h.openings == 0
+        assert await h.use(False)
+        assert h.openings == 1
+        assert not await h.use(True)
+
+    asyncio.run(run())
+
+
+def test_after_the_pause_a_probe_decides() -> None:
+    async def run() -> None:
+        h = Harness()
+        for _ in range(3):
+            await h.use(False)
+        h.now = 9.9
+        assert not await h.use(True)
+        h.now = 10.0
+        assert await h.use(False)  # the probe, which fails
+        h.now = 19.9
+        assert not await h.use(True)
+        h.now = 20.0
+        assert await h.use(None)  # a probe that says nothing leaves the matter open
+        assert await h.use(True)  # the next one closes it
+        assert await h.use(False)
+        assert h.openings == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_others_wait_for_the_probe(alive: bool) -> None:
+    async def run() -> None:
+        h = Harness()
+        for _ in range(3):
+            await h.use(False)
+        h.now = 10.0
+        async with h.breaker.turn() as probe:
+            others = [asyncio.create_task(h.use(True)) for _ in range(5)]
+            await asyncio.sleep(0)
+            assert not any(task.done() for task in others)
+            probe.alive, probe.reason = alive, "no route"
+        assert await asyncio.gather(*others) == [alive] * 5
+
+    asyncio.run(run())
+
+
+def test_a_probe_that_is_cancelled_holds_nobody() -> None:
+    async def run() -> None:
+        h = Harness()
+        for _ in range(3):
+            await h.use(False)
+        h.now = 10.0
+
+        async def hang() -> None:
+            async with h.breaker.turn():
+                await asyncio.sleep(1000)
+
+        probe = asyncio.create_task(hang())
+        await asyncio.sleep(0)
+        other = asyncio.create_task(h.use(True))
+        await asyncio.sleep(0)
+        probe.cancel()
+        assert await asyncio.wait_for(other, 30)
+
+    asyncio.run(run())
+
+
+def test_zero_never_opens() -> None:
+    async def run() -> None:
+        h = Harness(failures=0)
+        assert all([await h.use(False) for _ in range(100)])
+
+    asyncio.run(run())
