@@ -1,0 +1,177 @@
+"""The runs of the study, each a job whose result is one file: what is there is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from study.plan import Arm
+
+if TYPE_CHECKING:
+    from mrpo.config import Config
+    from mrpo.data.phantom.render import Look
+    from mrpo.data.phantom.scene import Split
+
+RESULT, SAMPLES, PARTS, POLICY = "result.json", "samples.json", "parts.json", "policy"
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Held-out phantom questions: one greedy completion each, and `sampled` more."""
+
+    name: str
+    split: Split
+    look: Look
+    size: int
+    sampled: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to be done once, whose results go to `folder`. Everything that they depend on stands in its fields."""
+
+    name: str
+    folder: Path
+    start: str  # the policy to start from: a folder, or "phantom"
+
+    def work(self) -> None:
+        """Does it in this process."""
+        raise NotImplementedError
+
+    def specification(self) -> dict:
+        """The fields as JSON, wherever the folder of the study lies."""
+        return json.loads(json.dumps({**asdict(self), "folder": self.folder.name, "start": Path(self.start).name}))
+
+    def seconds(self) -> float | None:
+        """How long it took; None if it is not finished, or was of another specification."""
+        path = self.folder / RESULT
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found["seconds"] if found["job"] == self.specification() else None
+
+
+@dataclass(frozen=True)
+class RunJob(Job):
+    """A training run (`overrides` None: none, the start policy itself), then its evaluation on `sets`."""
+
+    overrides: tuple[str, ...] | None
+    sets: tuple[QuestionSet, ...]
+    flipped: float = 0.0
+    missing: float = 0.0
+    keep_policy: bool = False
+
+    def work(self) -> None:
+        from mrpo.data.phantom import PhantomDataset
+        from study.measuring import measure, write_samples
+        from study.training import configure, train_policy
+
+        config = configure([f"model.path={self.start}", f"output_dir={self.folder}", *(self.overrides or ())])
+        policy = Path(self.start)
+        if self.overrides is not None:
+            policy = train_policy(config, flipped=self.flipped, missing=self.missing)
+        sets = {s.name: (PhantomDataset(s.split, size=s.size, look=s.look), s.sampled) for s in self.sets}
+        write_samples(self.folder / SAMPLES, measure(config, policy, sets))
+        if self.overrides is not None and not self.keep_policy:
+            shutil.rmtree(policy)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class CreditJob(Job):
+    """How the advantages of `arms` agree with the true effects of steps, under the start policy; no training."""
+
+    arms: tuple[Arm, ...]
+    prompts: int
+    continuations: int
+
+    def work(self) -> None:
+        from mrpo.data.phantom import PhantomDataset
+        from study.credit import study_credit, write_parts
+        from study.measuring import load
+        from study.training import configure
+
+        def config_of(arm: Arm) -> Config:
+            return configure([f"model.path={self.start}", *arm.overrides])
+
+        # Training questions of another seed: effects belong to training, and no run sees these.
+        examples = PhantomDataset("train", size=self.prompts, seed=1, look="hard")[:]
+        parts = study_credit(load(config_of(self.arms[0])), examples, self.arms, config_of, self.continuations)
+        write_parts(self.folder / PARTS, [arm.name for arm in self.arms], parts)
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int, log: Path, report: Callable[[Job, float], None]) -> None:
+    """Runs what is not finished, `workers` at a time in processes of one thread each, and reports each as it ends.
+
+    Raises:
+        RuntimeError: a job failed; those that finished are kept.
+    """
+    waiting = [job for job in jobs if job.seconds() is None]
+    if not waiting:
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _environment(OMP_NUM_THREADS="1", TQDM_DISABLE="1"),
+        ProcessPoolExecutor(
+            min(workers, len(waiting)), mp_context=get_context("spawn"), initializer=_prepare, initargs=(log,)
+        ) as pool,
+    ):
+        futures = {pool.submit(execute, job): job for job in waiting}
+        try:
+            for future in as_completed(futures):
+                report(futures[future], future.result())
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, Exception):
+                raise RuntimeError(f"a run of the study failed, see {log}: {error}") from error
+            raise
+
+
+def execute(job: Job) -> float:
+    """Does the job in this process, from its start; the seconds it took."""
+    began = time.monotonic()
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True)
+    job.work()
+    seconds = time.monotonic() - began
+    partial = job.folder / f".{RESULT}"
+    partial.write_text(json.dumps({"job": job.specification(), "seconds": seconds}), encoding="utf-8")
+    partial.rename(job.folder / RESULT)
+    return seconds
+
+
+def _prepare(log: Path) -> None:
+    """What a worker says goes to `log`; each is a process group of its own, behind a port of its own."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set for the block: processes that start in it see them before they load any library."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

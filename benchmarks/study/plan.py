@@ -1,0 +1,98 @@
+"""What the study runs: its arms, its cells, its sizes. Nothing here looks at a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method, or a change to one: the fields that it sets, and what errs in its judge."""
+
+    name: str
+    overrides: tuple[str, ...]
+    flipped: float = 0.0  # share of steps whose verdict is turned round
+    missing: float = 0.0  # share of completions without a verdict
+    tuned_as: str = ""  # the method whose learning rate it takes; its own name if empty
+
+    @property
+    def method(self) -> str:
+        return self.tuned_as or self.name
+
+
+def _mrpo(name: str, *overrides: str, **judge: Any) -> Arm:
+    return Arm(name, ("algorithm=mrpo", *overrides), tuned_as="MRPO", **judge)
+
+
+def _telescoped(name: str, *overrides: str, **judge: Any) -> Arm:
+    return Arm(name, ("algorithm=mrpo", "advantage.credit=telescoped", *overrides), tuned_as="telescoped", **judge)
+
+
+BASE = "base"
+METHODS: tuple[Arm, ...] = (
+    Arm("SFT", ("algorithm=sft",)),
+    Arm("GRPO", ("algorithm=grpo",)),
+    Arm("GDPO", ("algorithm=gdpo",)),
+    Arm("MRPO", ("algorithm=mrpo",)),
+    Arm("telescoped", ("algorithm=mrpo", "advantage.credit=telescoped")),
+)
+ABLATIONS: tuple[Arm, ...] = (
+    _mrpo("linear penalty", "advantage.penalty=linear"),
+    _mrpo("constant penalty", "advantage.penalty=none"),
+    _mrpo("reversed penalty", "advantage.penalty=reversed"),
+    _mrpo("tau 0.4", "advantage.tau=0.4"),
+    _mrpo("tau 1: right answers shaped too", "advantage.tau=1.0"),
+    _mrpo("no length reward", "reward.length_weight=0"),
+    _mrpo("KL 0.04", "loss.beta=0.04"),
+    _mrpo("10 % of verdicts flipped", flipped=0.1),
+    _mrpo("20 % of verdicts flipped", flipped=0.2),
+    _mrpo("30 % of verdicts flipped", flipped=0.3),
+    _mrpo("25 % unjudged", "judge.max_unjudged=1.0", missing=0.25),
+    _mrpo("50 % unjudged", "judge.max_unjudged=1.0", missing=0.5),
+    _telescoped("telescoped, 30 % flipped", flipped=0.3),
+    _telescoped("telescoped, 50 % unjudged", "judge.max_unjudged=1.0", missing=0.5),
+)
+# Those ablations whose shaping is compared with the true effects of steps: the others share MRPO's.
+CREDITED = ("linear penalty", "constant penalty", "reversed penalty", "tau 1: right answers shaped too")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A warm start and a seed."""
+
+    warm_start: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"w{self.warm_start}s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes. A step is 128 completions; `perceive` and `err` are the SFT steps that make a warm start."""
+
+    warm_starts: int
+    seeds: int
+    ablation_seeds: int
+    steps: int
+    perceive: int
+    err: int
+    questions: int
+    shifted_questions: int
+    sampled: int
+    tuning_questions: int
+    rates: tuple[float, ...]
+    credit_prompts: int
+    continuations: int
+    ablations: tuple[Arm, ...] = field(default=ABLATIONS)
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [Cell(w, s) for s in range(self.seeds) for w in range(self.warm_starts)]
+
+    @property
+    def ablation_cells(self) -> list[Cell]:
+        """The first of the cells: an ablation is compared with the method in the same ones."""
+        return [Cell(w, s) for s in range(self.ablation_seeds) for w in range(self.warm_starts)]

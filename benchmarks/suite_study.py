@@ -1,0 +1,314 @@
+"""The paper's effect in miniature: base, SFT, GRPO, GDPO and MRPO on phantom scans, with ablations of MRPO.
+
+Same warm starts, same prompts in the same order, same number of steps; a learning rate for each method, found on
+validation questions with the same budget. Every arm is measured once, on test questions that nothing was chosen by.
+What the runs leave (answers to every question, with the judge's word on every step) is kept in runs/study or
+runs/study-quick, where a broken run goes on; MRPO_STUDY_DIR names another folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness import Measured
+from results import Case, Result
+from study.credit import EFFECTS, agreement
+from study.experiment import Experiment, stages
+from study.figures import draw_accumulation, draw_accuracy, draw_differences, draw_incorrect, draw_stages
+from study.jobs import Job, run_jobs
+from study.plan import ABLATIONS, BASE, METHODS, Plan
+from study.statistics import BINS, METRICS, Difference, differences, estimates, tabulate
+from tables import Table
+
+from mrpo.estimates import Estimate
+from mrpo.report.page.paper import ACCURACY as PAPER_ACCURACY
+from mrpo.report.page.paper import CASCADE_BACKBONE, EARLIEST_FAR, STAGE_SHARES
+from mrpo.report.page.paper import METHODS as PAPER_METHODS
+
+SOURCES: tuple[str, ...] = ("benchmarks/study/plan.py", "benchmarks/study/experiment.py")
+TARGETS = ()
+FULL = Plan(
+    warm_starts=3, seeds=2, ablation_seeds=1, steps=60, perceive=100, err=60, questions=1000, shifted_questions=1000,
+    sampled=2, tuning_questions=500, rates=(5e-5, 1e-4, 2e-4), credit_prompts=96, continuations=8,
+)  # fmt: skip
+QUICK = Plan(
+    warm_starts=1, seeds=2, ablation_seeds=1, steps=12, perceive=60, err=40, questions=300, shifted_questions=200,
+    sampled=1, tuning_questions=100, rates=(1e-4,),
+    credit_prompts=8, continuations=4, ablations=ABLATIONS[1:3],
+)  # fmt: skip
+ARMS = (BASE, *(arm.name for arm in METHODS))
+# What the ablations are told apart by.
+_TOLD_APART = {"accuracy": "Accuracy", "early_of_all": "Early failures", "fully_valid": "Fully valid chains"}
+
+
+def unfit() -> str | None:
+    return None
+
+
+def cases(quick: bool) -> list[Case]:
+    folder = Path(os.environ.get("MRPO_STUDY_DIR", "runs/study-quick" if quick else "runs/study")).absolute()
+    experiment = Experiment(QUICK if quick else FULL, folder)
+    settings = {"folder": str(folder), "plan": asdict(experiment.plan)}
+    return [Case("study", settings, lambda skip: _measure(experiment))]
+
+
+def _measure(experiment: Experiment) -> list[Measured]:
+    """Runs what is not finished; the seconds of the runs of every arm."""
+    seconds: dict[str, list[float]] = {}
+    for stage, jobs in stages(experiment):
+        finished = sum(job.seconds() is not None for job in jobs)
+        print(f"study, {stage}: {len(jobs)} runs, {finished} of them finished before", flush=True)
+        run_jobs(jobs, workers=os.cpu_count() or 1, log=experiment.folder / "log.txt", report=_report)
+        for job in jobs:
+            seconds.setdefault(job.name.rpartition(" ")[0], []).append(job.seconds() or 0.0)
+    return [Measured(name, median(found), min(found), max(found), len(found)) for name, found in seconds.items()]
+
+
+def _report(job: Job, seconds: float) -> None:
+    print(f"study: {job.name}, {seconds:.0f} s", flush=True)
+
+
+def figures(result: Result) -> dict[str, dict[str, float]]:
+    """By arm, the estimates on test questions."""
+    experiment = _experiment(result)
+    found = {arm: estimates(tabulate(experiment.samples(arm, "test"), METRICS)) for arm in _finished(experiment)}
+    return {arm: {key: e.value for key, e in of.items() if e.value is not None} for arm, of in found.items()}
+
+
+def summary(results: Sequence[Result]) -> list[Table]:
+    """The methods with their intervals, and the paper's numbers for the same quantities."""
+    return [table for result in results if not result.failure for table in _summary(_experiment(result))]
+
+
+def details(results: Sequence[Result], machine: Mapping[str, Any]) -> list[Table]:
+    return [table for result in results if not result.failure for table in _details(_experiment(result))]
+
+
+def plots(results: Sequence[Result], out: Path) -> list[Path]:
+    return [path for result in results if not result.failure for path in _plots(_experiment(result), out)]
+
+
+def _experiment(result: Result) -> Experiment:
+    """The experiment whose runs lie in the folder of the result: quick or full."""
+    plan = next(p for p in (QUICK, FULL) if _plain(asdict(p)) == _plain(result.settings["plan"]))
+    return Experiment(plan, Path(result.settings["folder"]))
+
+
+def _plain(tree: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _finished(experiment: Experiment, arms: Iterable[str] = ARMS) -> list[str]:
+    return [arm for arm in arms if experiment.samples(arm, "test")]
+
+
+def _summary(experiment: Experiment) -> list[Table]:
+    arms = _finished(experiment)
+    test = {arm: estimates(tabulate(experiment.samples(arm, "test"), METRICS)) for arm in arms}
+    shifted = {arm: estimates(tabulate(experiment.samples(arm, "shifted"), METRICS)) for arm in arms}
+    keys = ("valid_steps", "fully_valid", "early_of_all", "early_of_failures", "far", "far_bin1")
+    names = {metric.key: metric.name for metric in METRICS}
+    rows = [
+        [arm, _cell(test[arm]["accuracy"]), _cell(shifted[arm]["accuracy"]), *(_cell(test[arm][k]) for k in keys)]
+        for arm in arms
+    ]
+    plan = experiment.plan
+    note = (
+        f"Percent with 95 % intervals over cells and questions; {plan.warm_starts} warm starts x {plan.seeds} seeds, "
+        f"{plan.steps} steps of 128 completions, {plan.questions} test and {plan.shifted_questions} shifted questions."
+    )
+    header = ["", "accuracy", "accuracy, shifted", *(names[key] for key in keys)]
+    return [Table("The study on phantom data", header, rows, note), _paper_table()]
+
+
+def _paper_table() -> Table:
+    averages = [sum(values[i] for values in PAPER_ACCURACY.values()) / 3 for i in range(len(PAPER_METHODS))]
+    rows = [
+        [
+            method,
+            f"{averages[i]:.1f}",
+            f"{STAGE_SHARES[method][0]:.1f}" if method in STAGE_SHARES else "",
+            f"{EARLIEST_FAR[method]:.1f}" if method in EARLIEST_FAR else "",
+        ]
+        for i, method in enumerate(PAPER_METHODS)
+    ]
+    header = [
+        "",
+        "accuracy, mean of three backbones",
+        f"early share of failures, {CASCADE_BACKBONE}",
+        "FAR, FFP 0.0-0.2",
+    ]
+    return Table("The paper's (8 data sets, 7-8 B models)", header, rows)
+
+
+def _details(experiment: Experiment) -> list[Table]:
+    return [
+        *(_paired(experiment, name) for name in ("test", "shifted")),
+        *(_bins(experiment, name, title) for name, title in _BIN_TITLES.items()),
+        _kinds(experiment),
+        _by_cell(experiment),
+        _ablations(experiment),
+        *_credit(experiment),
+        _tuning(experiment),
+    ]
+
+
+_BIN_TITLES = {
+    "far, incorrect": "FAR by first failure point, wrong answers",
+    "far, correct": "FAR by first failure point, right answers",
+    "incorrect": "Wrong answers by first failure point",
+}
+
+
+def _paired(experiment: Experiment, question_set: str) -> Table:
+    """MRPO minus each of the others."""
+    keys = ["accuracy", "valid_steps", "fully_valid", "early_of_all", "early_of_failures", "far", "omits"]
+    if question_set == "test":
+        keys.insert(1, "accuracy_sampled")
+    ours = tabulate(experiment.samples("MRPO", question_set), METRICS)
+    rows = []
+    for arm in _finished(experiment):
+        if arm != "MRPO":
+            found = differences(tabulate(experiment.samples(arm, question_set), METRICS), ours)
+            rows.append([f"MRPO - {arm}", *(_difference(found[key]) for key in keys)])
+    names = {metric.key: metric.name for metric in METRICS}
+    note = (
+        "Points with 95 % intervals, cells and questions resampled together; p of the exact sign-flip test over cells; "
+        "in how many cells MRPO is higher."
+    )
+    return Table(f"Paired differences, {question_set} questions", ["", *(names[key] for key in keys)], rows, note)
+
+
+def _bins(experiment: Experiment, name: str, title: str) -> Table:
+    rows = []
+    for arm in _finished(experiment):
+        found = estimates(tabulate(experiment.samples(arm, "test"), BINS[name]))
+        rows.append([arm, *(_cell(estimate) for estimate in found.values())])
+    labels = [f"{i / 5:.1f}-{(i + 1) / 5:.1f}" for i in range(5)]
+    return Table(title, ["", *labels], rows, "Greedy and sampled completions.")
+
+
+def _kinds(experiment: Experiment) -> Table:
+    """Greedy accuracy by kind of question."""
+    kinds: list[str] = []
+    rows = []
+    for arm in _finished(experiment):
+        samples = [s for of_cell in experiment.samples(arm, "test").values() for s in of_cell if s.greedy]
+        kinds = sorted({sample.kind for sample in samples})
+        right = {kind: [s.correct for s in samples if s.kind == kind] for kind in kinds}
+        rows.append([arm, *(f"{100 * sum(found) / len(found):.1f}" for found in right.values())])
+    return Table("Accuracy by kind of question", ["", *kinds], rows)
+
+
+def _by_cell(experiment: Experiment) -> Table:
+    """Accuracy and early failures of every run: nothing is averaged away."""
+    rows = []
+    cells = [cell.name for cell in experiment.plan.cells]
+    for arm in _finished(experiment):
+        table = tabulate(experiment.samples(arm, "test"), METRICS)
+        keys = [metric.key for metric in METRICS]
+        places = [keys.index("accuracy"), keys.index("early_of_all")]
+        values = dict(zip(table.cells, 100 * table.by_cell()[:, places], strict=True))
+        rows.append([arm, *(" / ".join(f"{value:.1f}" for value in values[cell]) for cell in cells)])
+    return Table("Accuracy / early failures of every run", ["", *cells], rows)
+
+
+def _ablation_differences(experiment: Experiment) -> dict[str, dict[str, Difference]]:
+    """Each ablation minus MRPO in the cells of the ablations; and GRPO likewise, to see how far that is."""
+    ours = tabulate(experiment.samples("MRPO", "test"), METRICS)
+    arms = ["GRPO", *(arm.name for arm in experiment.plan.ablations)]
+    return {
+        arm: differences(ours, tabulate(experiment.samples(arm, "test"), METRICS))
+        for arm in _finished(experiment, arms)
+    }
+
+
+def _ablations(experiment: Experiment) -> Table:
+    keys = ("accuracy", "accuracy_sampled", "early_of_all", "early_of_failures", "fully_valid", "far", "omits")
+    names = {metric.key: metric.name for metric in METRICS}
+    rows = [[arm, *(_difference(of[key]) for key in keys)] for arm, of in _ablation_differences(experiment).items()]
+    note = "The arm minus MRPO, paired; in how many cells the arm is higher."
+    return Table("Ablations", ["", *(names[key] for key in keys)], rows, note)
+
+
+def _credit(experiment: Experiment) -> list[Table]:
+    """How each scheme's advantages agree with what steps do, and what steps do by where they stand."""
+    schemes, parts = experiment.parts()
+    if not parts:
+        return []
+    rows = []
+    of_grpo = {effect: agreement(parts, schemes.index("GRPO"), i)[1] for i, effect in enumerate(EFFECTS)}
+    for place, scheme in enumerate(schemes):
+        cells = []
+        for i, effect in enumerate(EFFECTS):
+            found, drawn = agreement(parts, place, i)
+            above = (drawn <= of_grpo[effect]).mean() if scheme != "GRPO" else None
+            cells.append(_cosine_cell(found) + ("" if above is None else f", {100 * (1 - above):.0f} %"))
+        rows.append([scheme, *cells])
+    note = (
+        "Cosine of token advantages with true effects under the first start policy, interval over prompts, and in how "
+        "many resamples it is above GRPO's; no training."
+    )
+    places = sorted({part.place for part in parts} - {"outside"})
+    effects = [[p.effects for p in parts if p.place == place] for place in places]
+    means = [[sum(e[i] for e in of) / len(of) for i in range(2)] for of in effects]
+    by_place = [
+        [place, f"{len(of):,}", *(f"{mean:+.3f}" for mean in row)]
+        for place, of, row in zip(places, effects, means, strict=True)
+    ]
+    header = ["", "effect on right answers", "effect on reward"]
+    return [
+        Table("Whether advantages agree with what steps do", header, rows, note),
+        Table("What steps do", ["", "steps", *header[1:]], by_place),
+    ]
+
+
+def _cosine_cell(found: Estimate) -> str:
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _tuning(experiment: Experiment) -> Table:
+    tuned, rates = experiment.tuned(), experiment.plan.rates
+    rows = [
+        [method, *(f"{100 * scores.get(rate, float('nan')):.1f}" for rate in rates)] for method, scores in tuned.items()
+    ]
+    note = "Accuracy over all completions of validation questions, one run each; the best rate is taken."
+    return Table("Learning rates", ["", *(f"{rate:g}" for rate in rates)], rows, note)
+
+
+def _plots(experiment: Experiment, out: Path) -> list[Path]:
+    arms = _finished(experiment)
+    test = {arm: estimates(tabulate(experiment.samples(arm, "test"), METRICS)) for arm in arms}
+    shifted = {arm: estimates(tabulate(experiment.samples(arm, "shifted"), METRICS)) for arm in arms}
+    bins = {
+        name: {arm: estimates(tabulate(experiment.samples(arm, "test"), BINS[name])) for arm in arms} for name in BINS
+    }
+    return [
+        draw_accuracy(test, shifted, out / "study-accuracy.png"),
+        draw_stages(test, out / "study-stages.png"),
+        draw_accumulation(bins["far, correct"], bins["far, incorrect"], test, out / "study-far.png"),
+        draw_incorrect(bins["incorrect"], out / "study-incorrect.png"),
+        draw_differences(_ablation_differences(experiment), _TOLD_APART, out / "study-ablations.png"),
+    ]
+
+
+def _cell(estimate: Estimate) -> str:
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return "–"  # noqa: RUF001
+    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _difference(found: Difference) -> str:
+    e = found.estimate
+    if e.value is None or e.low is None or e.high is None:
+        return "–"  # noqa: RUF001
+    interval = f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
+    return f"{100 * e.value:+.1f} {interval}, p {found.p:.2f}, {found.higher}/{found.cells}"
