@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,11 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny(folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """From the name of a family to a folder with a random model of it; see tiny_models."""
+    from tiny_models import build_tiny_model
+
+    return cache(lambda family: build_tiny_model(family, tmp_path_factory.mktemp(family)))

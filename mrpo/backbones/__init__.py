@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 
 from mrpo.backbones.base import EncodedPrompt, Family, Processor, batch_images, to_device
 from mrpo.backbones.internvl import InternVL
+from mrpo.backbones.lora import add_adapters
 from mrpo.backbones.qwen_vl import Qwen3VL, Qwen25VL
 from mrpo.config import Config, ModelConfig
 from mrpo.errors import UserError
@@ -23,6 +25,7 @@ __all__ = [
     "batch_images",
     "load_model",
     "load_processor",
+    "make_trainable",
     "to_device",
     "write_prompt_style",
 ]
@@ -56,7 +59,8 @@ def load_processor(config: Config) -> Processor:
         model_config = AutoConfig.from_pretrained(folder, **options)
         family = find_family(model_config.model_type, config.model.path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+        backend = image_backend(config.rollout.engine)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={config.model.path} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
@@ -76,6 +80,14 @@ def load_processor(config: Config) -> Processor:
         max_prompt_tokens=config.prompt.max_tokens,
         max_image_pixels=config.data.max_image_pixels,
     )
+
+
+def image_backend(engine: str) -> str:
+    """How images are resized: as vLLM does where it samples, which takes torchvision; else in plain PIL.
+
+    The two differ by a grey level here and there, so that the sampler would see other images than the trainer.
+    """
+    return "torchvision" if engine.startswith("vllm") and importlib.util.find_spec("torchvision") else "pil"
 
 
 def write_prompt_style(folder: Path, processor: Processor) -> None:
@@ -106,7 +118,11 @@ def find_family(model_type: str, path: str) -> Family:
 
 
 def load_model(config: ModelConfig) -> Any:
-    """The policy's weights (safetensors only) in `config.dtype`, vision tower frozen if asked."""
+    """The policy's weights (safetensors only) in `config.dtype`: vision tower frozen, adapters added if asked.
+
+    Raises:
+        UserError: the family is not known, or adapters are asked for without the peft package.
+    """
     model = AutoModelForImageTextToText.from_pretrained(
         model_folder(config.path),
         dtype=getattr(torch, config.dtype),
@@ -114,13 +130,21 @@ def load_model(config: ModelConfig) -> Any:
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
     )
+    make_trainable(model, config, find_family(model.config.model_type, config.path))
+    return model
+
+
+def make_trainable(model: Any, config: ModelConfig, family: Family) -> None:
+    """Freezes what is not to be trained, and adds adapters if asked.
+
+    Raises:
+        UserError: adapters cannot be added; see `add_adapters`.
+    """
     if config.freeze_vision:
-        family = find_family(model.config.model_type, config.path)
         for name in family.vision_modules:
             getattr(model.model, name).requires_grad_(False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    if config.lora_rank:
+        add_adapters(model, config, family.vision_modules)
 
 
 def _check_folder(path: str, folder: Path) -> None:

@@ -21,6 +21,17 @@ from mrpo.records import EncodedPrompt, Example
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision tower says of all images of a batch, in order, one line for each of their n image tokens.
+
+    embeddings: (n, H), in place of token embeddings; deepstack: (n, H) each, added behind the first decoder layers.
+    """
+
+    embeddings: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...] = ()
+
+
 class Family(Protocol):
     """One model family. `model_types` are the `model_type`s of its checkpoint configs."""
 
@@ -48,6 +59,18 @@ class Family(Protocol):
 
     def forward_inputs(self, token_type_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Further forward arguments made from `token_type_ids` (B, T), 1 at image tokens."""
+        ...
+
+    def prompt_positions(self, core: Any, prompt: EncodedPrompt) -> torch.Tensor:
+        """(A, T) int64 positions of a prompt's tokens on the A axes of the rotary embedding."""
+        ...
+
+    def image_features(self, core: Any, images: Mapping[str, torch.Tensor]) -> ImageFeatures:
+        """The vision tower's word on `images`, made by `process_images` and batched by concatenation."""
+        ...
+
+    def blank_image(self, config: Any) -> tuple[dict[str, torch.Tensor], int]:
+        """The vision tower's inputs of the smallest possible image, all zeros, and the number of its image tokens."""
         ...
 
 
@@ -81,7 +104,7 @@ class Processor:
         text_ids, token_ids = self._token_ids(example, counts)
         input_ids = torch.tensor(token_ids)
         token_type_ids = (input_ids == self.model_config.image_token_id).long()
-        return EncodedPrompt(input_ids, token_type_ids, tensors, text_ids, pictures)
+        return EncodedPrompt(input_ids, token_type_ids, tensors, text_ids, pictures, self._message(example.question))
 
     def count_prompt_tokens(self, example: Example) -> int:
         """The length of `encode_prompt(example).input_ids`, from the sizes of the images without decoding a pixel.
@@ -105,6 +128,12 @@ class Processor:
         if set(token_ids) & set(self.placeholder_ids):
             raise UserError(f"a target for sft contains an image placeholder: {text!r}")
         return (*token_ids, self.tokenizer.eos_token_id)
+
+    def blank_prompt(self, *, image: bool) -> EncodedPrompt:
+        """The shortest prompt, for a pass that must be run but has nothing to say; with a blank image if asked."""
+        tensors, count = self.family.blank_image(self.model_config) if image else ({}, 0)
+        input_ids = torch.tensor([self.model_config.image_token_id] * count + [self.tokenizer.pad_token_id])
+        return EncodedPrompt(input_ids, (torch.arange(count + 1) < count).long(), tensors, (), ())
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion without special tokens."""
@@ -133,9 +162,11 @@ class Processor:
             )
         return tuple(text_ids), token_ids
 
+    def _message(self, question: str) -> str:
+        return f"{question}\n{self.instruction}" if self.instruction else question
+
     def _chat_text(self, question: str, num_images: int) -> str:
-        text = f"{question}\n{self.instruction}" if self.instruction else question
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": self._message(question)}]
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )

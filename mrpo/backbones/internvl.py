@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+
+from mrpo.backbones.base import ImageFeatures
+from mrpo.records import EncodedPrompt
 
 
 class InternVL:
@@ -35,3 +38,13 @@ class InternVL:
 
     def forward_inputs(self, token_type_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}
+
+    def prompt_positions(self, core: Any, prompt: EncodedPrompt) -> torch.Tensor:
+        return torch.arange(len(prompt.input_ids))[None]
+
+    def image_features(self, core: Any, images: Mapping[str, torch.Tensor]) -> ImageFeatures:
+        return ImageFeatures(core.get_image_features(**images, return_dict=True).pooler_output.flatten(0, 1))
+
+    def blank_image(self, config: Any) -> tuple[dict[str, torch.Tensor], int]:
+        vision = config.vision_config
+        return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}, config.image_seq_length

@@ -5,11 +5,14 @@ Images of any size become patches; a `merge_size` x `merge_size` block of patche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+
+from mrpo.backbones.base import ImageFeatures
+from mrpo.records import EncodedPrompt
 
 
 class QwenVL:
@@ -38,6 +41,25 @@ class QwenVL:
 
     def forward_inputs(self, token_type_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"mm_token_type_ids": token_type_ids}
+
+    def prompt_positions(self, core: Any, prompt: EncodedPrompt) -> torch.Tensor:
+        positions, _ = core.get_rope_index(
+            prompt.input_ids[None],
+            mm_token_type_ids=prompt.token_type_ids[None],
+            image_grid_thw=prompt.images.get("image_grid_thw"),
+        )
+        return positions[:, 0]
+
+    def image_features(self, core: Any, images: Mapping[str, torch.Tensor]) -> ImageFeatures:
+        features = core.get_image_features(**images, return_dict=True)
+        deepstack = getattr(features, "deepstack_features", None) or ()
+        return ImageFeatures(torch.cat(features.pooler_output), tuple(torch.cat(layer) for layer in deepstack))
+
+    def blank_image(self, config: Any) -> tuple[dict[str, torch.Tensor], int]:
+        vision = config.vision_config
+        side = vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {"pixel_values": torch.zeros(side * side, values), "image_grid_thw": torch.tensor([[1, side, side]])}, 1
 
 
 class Qwen25VL(QwenVL):

@@ -28,13 +28,13 @@ def check_memory(
     """
 
     def fits(changed: Config, processes: int) -> bool:
-        need = estimate(changed, model, prompt, processes)
+        need = estimate(changed, model, prompt, processes, on_gpu=bool(machine.gpus))
         if not machine.gpus:
             return processes * (need.peak + total(need.host) + CPU_RUNTIME) <= machine.free_memory
         host = _host_memory(changed, model, need, processes) if processes == num_processes else 0  # of another machine
         return need.peak + CUDA_RUNTIME <= free and host <= machine.free_memory
 
-    need = estimate(config, model, prompt, num_processes)
+    need = estimate(config, model, prompt, num_processes, on_gpu=bool(machine.gpus))
     if machine.gpus:
         name, runtime = "GPU memory", Term("CUDA and NCCL", "allowance", CUDA_RUNTIME)
         free = min(gpu.free for gpu in machine.gpus[:num_processes])
@@ -116,10 +116,14 @@ def _possible(
 
 def _savings(config: Config, num_processes: int) -> Iterator[tuple[str, Any]]:
     """Settings that save memory, cheapest first; a key comes again with a smaller value."""
-    if not config.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing", True
-    for size in _halves(config.optim.micro_batch_size, 1):
-        yield "optim.micro_batch_size", size
+    if config.update.checkpointing != "all":
+        yield "update.checkpointing", "all"
+    if config.update.packing != "dense":
+        for size in _halves(config.update.token_budget, config.rollout.max_tokens):
+            yield "update.token_budget", size
+    if config.update.packing != "shared_prefix":
+        for size in _halves(config.optim.micro_batch_size, 1):
+            yield "optim.micro_batch_size", size
     for size in _halves(config.rollout.batch_size, config.rollout.group_size):
         yield "rollout.batch_size", size
     if num_processes > 1 and config.deepspeed.zero_stage < 3:

@@ -3,30 +3,24 @@
 Weights, gradients and optimizer states are counted exactly, as DeepSpeed 0.18 and later keep them; activations, logits
 and the KV cache are upper bounds from the sizes of the batch. `DeepSpeedConfig.extra` is not looked at.
 
-Mixed-precision training states: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 3.1. Activations: a decoder
-layer with a gated MLP and fused attention keeps about 8 hidden + 4 intermediate values per token for its backward pass
-(norms and their inputs, queries, keys and values, the attention's output; gate, up, their product and activation).
+Mixed-precision training states: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 3.1. Activations: see
+`mrpo.backbones.activations`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from mrpo.backbones.activations import Tower, kept_values, text_layer_values, vision_layer_values
 from mrpo.config import Config
 from mrpo.doctor.check import gib
 
 GATHERED = 10**9  # parameters that DeepSpeed's ZeRO-3 holds whole at a time (stage3_max_live_parameters)
 BUCKET = 5 * 10**8  # gradients that it reduces at a time (reduce_bucket_size)
-
-
-@dataclass(frozen=True)
-class Tower:
-    """Layers of one transformer: their number, width, and the width of their MLP."""
-
-    layers: int
-    hidden: int
-    intermediate: int
+HEAD_ROWS = 4096  # tokens whose logits the head holds at a time
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,26 @@ class ModelSize:
     vision: Tower | None
     kv_width: int
     vocab: int
+
+
+def size_of(model: Any) -> ModelSize:
+    """Of a vision-language model of transformers, on any device."""
+    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Under ZeRO-3 a parameter's own tensor is empty.
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return ModelSize(
+        parameters=sum(count for count, _ in counts),
+        trainable=sum(count for count, is_trained in counts if is_trained),
+        text=Tower(text.num_hidden_layers, text.hidden_size, text.intermediate_size),
+        vision=None
+        if vision is None
+        else Tower(
+            getattr(vision, "depth", None) or vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size
+        ),
+        kv_width=text.num_key_value_heads * head_dim,
+        vocab=text.vocab_size,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,13 +104,18 @@ def total(terms: Iterable[Term]) -> int:
     return sum(term.size for term in terms)
 
 
-def estimate(config: Config, model: ModelSize, prompt: PromptSize, num_processes: int) -> Estimate:
-    """The memory of one of `num_processes` processes that train `model` by `config`."""
+def estimate(
+    config: Config, model: ModelSize, prompt: PromptSize, num_processes: int, *, on_gpu: bool = False
+) -> Estimate:
+    """The memory of one of `num_processes` processes that train `model` by `config`.
+
+    With update.checkpointing=auto, which on a GPU does what memory asks for, it is the least that it can be.
+    """
     on_device, on_host = _states(config, model, num_processes)
     return Estimate(
         standing=on_device,
         rollout=_rollout(config, model, prompt),
-        update=_update(config, model, prompt),
+        update=_update(config, model, prompt, num_processes, on_gpu),
         host=on_host,
     )
 
@@ -116,15 +135,22 @@ def _states(config: Config, model: ModelSize, num_processes: int) -> tuple[tuple
         return Term(name, text + (f" ({note})" if note else ""), -(-count * bytes_each // parts))
 
     weights = [share("parameters", model.parameters, width, 3)]
-    if config.algorithm != "sft" and config.loss.beta > 0:
-        weights.append(share("reference", model.parameters, width, 3, f"loss.beta={config.loss.beta}"))
+    reference = []
+    if _copies_reference(config):
+        reference.append(share("reference", model.parameters, width, 3, f"loss.beta={config.loss.beta}"))
     gradients = share("gradients", model.trainable, width, 2)
     states = [share("AdamW", model.trainable, per_weight, 1, moments)]
     if half:
         states.append(share("fp32 gradients", model.trainable, 4, 1, "of the optimizer's step"))
     device: list[Term] = []
     host: list[Term] = []
-    for terms, offloaded in ((weights, config.deepspeed.offload_parameters), ([gradients], False), (states, offload)):
+    offloads = config.deepspeed.offload_parameters
+    for terms, offloaded in (
+        (weights, offloads),
+        (reference, offloads or config.loss.reference_offload),
+        ([gradients], False),
+        (states, offload),
+    ):
         (host if offloaded else device).extend(terms)
     return tuple(device), tuple(host)
 
@@ -145,17 +171,24 @@ def _rollout(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term
     return (whole, cache)
 
 
-def _update(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term, ...]:
-    """What a forward and backward pass of one micro-batch adds."""
-    width, rows = _width(config), config.optim.micro_batch_size
-    tokens = rows * (prompt.tokens + config.rollout.max_tokens)
-    terms = [_activations("activations", model.text, tokens, config, trained=True)]
-    if model.vision is not None and prompt.patches:
-        trained = not config.model.freeze_vision
-        terms.append(_activations("vision activations", model.vision, rows * prompt.patches, config, trained=trained))
-    targets, per_logit = rows * config.rollout.max_tokens, 2 * width + 8
-    arithmetic = f"{targets:,} tokens x {model.vocab:,} words x {per_logit} B (with gradient and fp32 copies)"
-    terms.append(Term("logits", arithmetic, targets * model.vocab * per_logit))
+def _update(config: Config, model: ModelSize, prompt: PromptSize, num_processes: int, on_gpu: bool) -> tuple[Term, ...]:
+    """What a forward and backward pass adds."""
+    width, size = _width(config), pass_size(config, prompt, num_processes)
+    compiled = config.update.compile == "on" or (on_gpu and config.update.compile == "auto")
+    inside = text_layer_values(model.text, compiled=compiled)
+    count = checkpointed_layers(config, model.text.layers, on_gpu=on_gpu)
+    terms = [_activations("activations", model.text, inside, size.tokens, count, width)]
+    if model.vision is not None and size.patches:
+        inside = vision_layer_values(model.vision)
+        if config.model.freeze_vision or (config.model.lora_rank and not config.model.lora_vision):
+            arithmetic = f"{size.patches:,} patches x {inside:,} values x {width} B (one layer, frozen)"
+            terms.append(Term("vision activations", arithmetic, size.patches * inside * width))
+        else:
+            count = model.vision.layers if checkpoints_all(config, on_gpu=on_gpu) else 0
+            terms.append(_activations("vision activations", model.vision, inside, size.patches, count, width))
+    rows, per_logit = min(size.targets, HEAD_ROWS), 2 * width + 8
+    arithmetic = f"{rows:,} tokens at a time x {model.vocab:,} words x {per_logit} B (with gradient and fp32 copies)"
+    terms.append(Term("logits", arithmetic, rows * model.vocab * per_logit))
     if config.deepspeed.zero_stage > 0:
         bucket = min(BUCKET, model.trainable)
         terms.append(Term("gradient bucket", f"{_count(bucket)} x {width} B", bucket * width))
@@ -165,22 +198,68 @@ def _update(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term,
     return tuple(terms)
 
 
-def _activations(name: str, tower: Tower, tokens: int, config: Config, *, trained: bool) -> Term:
-    """What one tower keeps: every layer's values, or with checkpointing each layer's input and one layer's values."""
-    width, inside = _width(config), 8 * tower.hidden + 4 * tower.intermediate
-    if not trained:
-        values, note = inside, "one layer, frozen"
-    elif config.model.gradient_checkpointing:
-        values, note = tower.layers * tower.hidden + inside, f"{tower.layers} inputs and one layer"
-    else:
-        values, note = tower.layers * inside, f"{tower.layers} layers"
+@dataclass(frozen=True)
+class PassSize:
+    """The most tokens, image patches and completion tokens of one forward and backward pass of a process."""
+
+    tokens: int
+    patches: int
+    targets: int
+
+
+def pass_size(config: Config, prompt: PromptSize, num_processes: int) -> PassSize:
+    """Of a dense micro-batch or a packed row; where the run may choose, of the larger."""
+    completion, rows = config.rollout.max_tokens, config.optim.micro_batch_size
+    dense = PassSize(rows * (prompt.tokens + completion), rows * prompt.patches, rows * completion)
+    if config.update.packing == "dense":
+        return dense
+    per_prompt = 1 if config.algorithm == "sft" else config.rollout.group_size
+    group = prompt.tokens + per_prompt * completion
+    groups = max(1, prompts_per_step(config) // num_processes)
+    tokens = min(config.update.token_budget, groups * group)
+    prompts = max(1, min(groups, tokens // min(group, tokens)))
+    packed = PassSize(tokens, prompts * prompt.patches, tokens - min(prompts * prompt.tokens, tokens - 1))
+    return packed if config.update.packing == "shared_prefix" else max(packed, dense, key=lambda size: size.tokens)
+
+
+def checkpointed_layers(config: Config, layers: int, *, on_gpu: bool) -> int:
+    """How many of the language model's `layers` keep only their inputs; for `auto`, the most that it may choose."""
+    match config.update.checkpointing:
+        case "all":
+            return layers
+        case "none":
+            return 0
+        case "auto":
+            return layers if on_gpu else 0
+        case int(count):
+            return min(count, layers)
+        case share:
+            return math.ceil(share * layers)
+
+
+def checkpoints_all(config: Config, *, on_gpu: bool) -> bool:
+    """Whether the vision tower recomputes its activations, too, or may do so."""
+    return config.update.checkpointing == "all" or (on_gpu and config.update.checkpointing == "auto")
+
+
+def _activations(name: str, tower: Tower, inside: int, tokens: int, checkpointed: int, width: int) -> Term:
+    """What one tower keeps: every layer's values, or of checkpointed layers the inputs."""
+    values, note = kept_values(tower, inside, checkpointed), f"{tower.layers - checkpointed} layers"
+    if checkpointed:
+        whole = max(tower.layers - checkpointed, 1)
+        note = f"{checkpointed} inputs and {'one layer' if whole == 1 else f'{whole} layers'}"
     return Term(name, f"{tokens:,} tokens x {values:,} values x {width} B ({note})", tokens * values * width)
 
 
 def loading(config: Config, model: ModelSize) -> int:
     """Bytes of main memory that one process takes while it loads the policy and copies the reference from it."""
-    copies = 2 if config.algorithm != "sft" and config.loss.beta > 0 else 1
+    copies = 2 if _copies_reference(config) else 1
     return copies * model.parameters * _width(config)
+
+
+def _copies_reference(config: Config) -> bool:
+    """Whether a frozen copy of the policy is kept; under adapters the policy without them is the reference."""
+    return config.algorithm != "sft" and config.loss.beta > 0 and config.model.lora_rank == 0
 
 
 def prompts_per_step(config: Config) -> int:

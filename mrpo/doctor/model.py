@@ -11,10 +11,10 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mrpo.backbones import Processor, find_family, load_processor, model_folder
+from mrpo.backbones import Processor, find_family, load_processor, make_trainable, model_folder
 from mrpo.config import Config
 from mrpo.doctor.check import Check, first_line
-from mrpo.doctor.memory import ModelSize, Tower
+from mrpo.doctor.memory import ModelSize, size_of
 from mrpo.errors import UserError
 
 HUB_PATIENCE = 5.0  # seconds until a hub that says nothing counts as unreachable
@@ -66,32 +66,16 @@ def find_source(key: str, path: str) -> str:
 
 
 def read_size(config: Config, model_config: Any) -> ModelSize:
-    """Counts parameters on PyTorch's meta device, which takes no memory."""
+    """Counts parameters on PyTorch's meta device, which takes no memory.
+
+    Raises:
+        UserError: adapters are asked for that the model cannot have, or without the peft package.
+    """
+    family = find_family(model_config.model_type, config.model.path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
-    frozen: set[int] = set()
-    if config.model.freeze_vision:
-        family = find_family(model_config.model_type, config.model.path)
-        frozen = {id(p) for name in family.vision_modules for p in getattr(model.model, name).parameters()}
-    parameters = list(model.parameters())
-    text = model_config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return ModelSize(
-        parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if id(p) not in frozen),
-        text=Tower(text.num_hidden_layers, text.hidden_size, text.intermediate_size),
-        vision=_vision_tower(model_config),
-        kv_width=text.num_key_value_heads * head_dim,
-        vocab=text.vocab_size,
-    )
-
-
-def _vision_tower(model_config: Any) -> Tower | None:
-    vision = getattr(model_config, "vision_config", None)
-    if vision is None:
-        return None
-    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-    return Tower(layers, vision.hidden_size, vision.intermediate_size)
+        make_trainable(model, config.model, family)
+    return size_of(model)
 
 
 def check_model(config: Config, model: Model) -> Check:

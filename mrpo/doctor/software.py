@@ -97,7 +97,7 @@ def check_extension() -> Check:
         built = list((_SOURCE / "mrpo").glob("_C.*"))
         fact = f"{built[0].name} does not load: {first_line(error)}" if built else "not built"
         return Check("mrpo._C", "warning", f"{fact}; the policy loss runs in plain PyTorch", _REBUILD)
-    cuda = any("cuda" in name for name in dir(extension))
+    cuda = bool(getattr(extension, "cuda_architectures", ()))
     return Check("mrpo._C", "ok", f"built and loaded, {'with' if cuda else 'without'} a CUDA part")
 
 

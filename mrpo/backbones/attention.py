@@ -1,0 +1,71 @@
+"""Packed-row attention under transformers' own attention layers.
+
+A language model whose config names `mrpo_prefix` follows a layout in calls that bring `prefix_arguments`, and runs SDPA
+in all others: dense rows and generation. The arguments travel by keyword through every layer, so that gradient
+checkpointing, which calls layers again, brings them along; they hold nothing on which a compiled layer would depend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mrpo.kernels.prefix_attention import AttentionName, choose_attention, flex_prefix_attention
+from mrpo.kernels.prefix_flash import FlashSpans, flash_prefix_attention
+from mrpo.kernels.prefix_layout import PrefixLayout
+
+NAME = "mrpo_prefix"
+
+
+def prefix_arguments(layout: PrefixLayout, implementation: AttentionName | None = None) -> dict[str, Any]:
+    """Keyword arguments of a language model's forward that make its attention follow `layout`.
+
+    transformers builds no mask of its own where a four-dimensional one is given, even if it is an empty stand-in.
+    """
+    name = implementation or choose_attention(layout.device)
+    if name == "sdpa":
+        return {"attention_mask": layout.mask[None, None], "prefix_attention": name}
+    if name == "flex":
+        return {"attention_mask": layout.block_mask(), "prefix_attention": name}
+    stand_in = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=layout.device)
+    return {"attention_mask": stand_in, "prefix_attention": name, "prefix_spans": layout.flash_spans}
+
+
+def use_prefix_attention(model: Any) -> None:
+    """Makes the language model in `model` take `prefix_arguments`; its vision tower stays as it is."""
+    model.set_attn_implementation({"text_config": NAME})
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    prefix_attention: AttentionName | None = None,
+    prefix_spans: FlashSpans | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function as transformers wants it: q (B, Hq, L, D), k and v (B, Hkv, L, D) -> (B, L, Hq, D).
+
+    Raises:
+        ValueError: a packed row meets a layer with attention dropout or a sliding window.
+    """
+    if prefix_attention is not None and (kwargs.get("dropout") or kwargs.get("sliding_window") is not None):
+        raise ValueError("packed rows know neither attention dropout nor sliding windows: set update.packing=dense")
+    if prefix_attention is None or prefix_attention == "sdpa":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if prefix_spans is not None:
+        out = flash_prefix_attention(query, key, value, prefix_spans, scale)
+    else:
+        out = flex_prefix_attention(query, key, value, attention_mask, scale)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,59 @@
+"""The forward pass of a packed row: every prompt and its images once, every completion behind its own prompt.
+
+What a completion's token computes is what it would compute in a row `[prompt, completion]` of its own: it sees that
+prompt and its own completion, and its positions go on behind the prompt's largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mrpo.backbones.attention import prefix_arguments
+from mrpo.backbones.base import Family
+from mrpo.kernels.prefix_attention import AttentionName, PrefixLayout
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row of L tokens: groups one after the other, then padding.
+
+    input_ids: (1, L); position_ids: (A, 1, L), on the A axes of the family's rotary embedding; images: the vision
+    tower's inputs of all prompts, in order; image_places: (n,) int64, where in the row their n tokens stand.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: PrefixLayout
+    images: Mapping[str, torch.Tensor]
+    image_places: torch.Tensor
+
+
+def packed_hidden(
+    family: Family, core: Any, row: PackedRow, implementation: AttentionName | None = None
+) -> torch.Tensor:
+    """(L, H) last hidden states of `row`, normed, under `core`, the `model` of a Hugging Face vision-language model.
+
+    Images run through the vision tower in one call, and their features are put in place once.
+    """
+    embedded = core.get_input_embeddings()(row.input_ids)
+    deepstack: dict[str, Any] = {}
+    if row.images:
+        features = family.image_features(core, row.images)
+        embedded = embedded.index_copy(1, row.image_places, features.embeddings[None].to(embedded.dtype))
+        if features.deepstack:
+            places = torch.zeros_like(row.input_ids, dtype=torch.bool)
+            places[:, row.image_places] = True
+            deepstack = {"visual_pos_masks": places, "deepstack_visual_embeds": features.deepstack}
+    axes = row.position_ids
+    output = core.language_model(
+        inputs_embeds=embedded,
+        position_ids=axes if len(axes) > 1 else axes[0],
+        use_cache=False,
+        **deepstack,
+        **prefix_arguments(row.layout, implementation),
+    )
+    return output.last_hidden_state[0]
