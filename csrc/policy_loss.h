@@ -47,41 +47,10 @@ struct Advantages {
   }
 };
 
-struct TokenLoss {
-  float loss;
-  float dlogprob;  // d loss / d logprob
-  float kl;
-  bool clipped;
-};
-
-// A null pointer stands for "not given".
-MRPO_HOST_DEVICE TokenLoss token_loss(float logprob, float old_logprob, const float* ref_logprob,
-                                      const float* sampler_logprob, float advantage, const PolicyLossConfig& config) {
-  TokenLoss out{0.f, 0.f, 0.f, false};
-  if (advantage != 0.f) {  // a ratio that overflows must not meet a zero
-    const float ratio = std::exp(logprob - old_logprob);
-    const float lower = 1.f - config.epsilon_low, upper = 1.f + config.epsilon_high;
-    out.clipped = advantage > 0.f ? ratio > upper : ratio < lower;
-    const float importance = sampler_logprob ? std::exp(old_logprob - *sampler_logprob) : 1.f;
-    const float scaled = advantage * (importance > config.importance_cap ? config.importance_cap : importance);
-    out.loss = -scaled * (out.clipped ? (advantage > 0.f ? upper : lower) : ratio);
-    out.dlogprob = out.clipped ? 0.f : -scaled * ratio;
-  }
-  if (ref_logprob) {
-    const float d = *ref_logprob - logprob;
-    out.kl = std::expm1(d) - d;
-    if (config.beta != 0.f) {
-      out.loss += config.beta * out.kl;
-      out.dlogprob -= config.beta * std::expm1(d);
-    }
-  }
-  return out;
-}
-
-// Raw pointers: N = rows, V = vocab. Nullable: the three log-probabilities of others, entropy, dlogits.
-struct PolicyLossArgs {
-  const float* logits;  // [N, V], rows `logits_stride` elements apart
-  int64_t rows, vocab, logits_stride, dlogits_stride;
+// What the loss of N rows of V logits depends on beside the logits, and where it goes. Raw pointers; nullable: `ends`
+// and `tokens` of the advantages, the three log-probabilities of others, entropy.
+struct PolicyLossRows {
+  int64_t rows, vocab, logits_stride, dlogits_stride;  // elements from one row to the next
   const int64_t* targets;         // [N], in [0, V) wherever weights != 0
   Advantages advantages;
   const float* weights;           // [N]; a row of weight 0 is skipped and gives 0 everywhere
@@ -93,10 +62,72 @@ struct PolicyLossArgs {
   float* kl;                      // [N]
   bool* clipped;                  // [N]
   float* entropy;                 // [N], nats
-  float* dlogits;                 // [N, V]: d sum(losses) / d logits; may be `logits`
   PolicyLossConfig config;
 };
 
-void policy_loss_cpu(const PolicyLossArgs& args, int num_threads);
+template <typename Logit>
+struct PolicyLossArgs : PolicyLossRows {
+  const Logit* logits;  // [N, V]
+  Logit* dlogits;       // [N, V]: d sum(losses) / d logits; may be `logits`, or null
+};
+
+// One row's part of it; 0 for a log-probability that is not given.
+struct Token {
+  float weight, advantage, old_logprob, ref_logprob, sampler_logprob;
+};
+
+MRPO_HOST_DEVICE Token read_token(const PolicyLossRows& a, int64_t n) {
+  return {a.weights[n], a.advantages[n], a.old_logprobs ? a.old_logprobs[n] : 0.f,
+          a.ref_logprobs ? a.ref_logprobs[n] : 0.f, a.sampler_logprobs ? a.sampler_logprobs[n] : 0.f};
+}
+
+struct TokenLoss {
+  float loss;
+  float dlogprob;  // d loss / d logprob
+  float kl;
+  bool clipped;
+};
+
+MRPO_HOST_DEVICE TokenLoss token_loss(const PolicyLossRows& a, const Token& token, float logprob) {
+  const PolicyLossConfig& config = a.config;
+  TokenLoss out{0.f, 0.f, 0.f, false};
+  if (token.advantage != 0.f) {  // a ratio that overflows must not meet a zero
+    const bool wanted = token.advantage > 0.f;
+    const float old_logprob = a.old_logprobs ? token.old_logprob : logprob;
+    const float ratio = std::exp(logprob - old_logprob);
+    const float lower = 1.f - config.epsilon_low, upper = 1.f + config.epsilon_high;
+    out.clipped = wanted ? ratio > upper : ratio < lower;
+    const float importance = a.sampler_logprobs ? std::exp(old_logprob - token.sampler_logprob) : 1.f;
+    const float scaled = token.advantage * (importance > config.importance_cap ? config.importance_cap : importance);
+    out.loss = -scaled * (out.clipped ? (wanted ? upper : lower) : ratio);
+    out.dlogprob = out.clipped ? 0.f : -scaled * ratio;
+  }
+  if (a.ref_logprobs) {
+    const float d = token.ref_logprob - logprob;
+    out.kl = std::expm1(d) - d;
+    if (config.beta != 0.f) {
+      out.loss += config.beta * out.kl;
+      out.dlogprob -= config.beta * std::expm1(d);
+    }
+  }
+  return out;
+}
+
+// The outputs of a row, all but its gradient and its entropy.
+MRPO_HOST_DEVICE void write_token(const PolicyLossRows& a, int64_t n, float weight, float logprob,
+                                  const TokenLoss& token) {
+  a.losses[n] = weight * token.loss;
+  a.logprobs[n] = logprob;
+  a.kl[n] = token.kl;
+  a.clipped[n] = token.clipped;
+}
+
+// The same of a row of weight 0, its entropy too.
+MRPO_HOST_DEVICE void write_skipped(const PolicyLossRows& a, int64_t n) {
+  write_token(a, n, 0.f, 0.f, {});
+  if (a.entropy) a.entropy[n] = 0.f;
+}
+
+void policy_loss_cpu(const PolicyLossArgs<float>& args, int num_threads);
 
 }  // namespace mrpo

@@ -100,14 +100,14 @@ MRPO_INLINE void scaled_softmax(const float* x, int64_t count, float max, float 
   for (int64_t i = 0; i < count; ++i) out[i] = exp_nonpositive((x[i] - max) * scale) * factor;
 }
 
-void skip_row(const PolicyLossArgs& a, int64_t n) {
-  a.losses[n] = a.logprobs[n] = a.kl[n] = 0.f;
-  a.clipped[n] = false;
-  if (a.entropy) a.entropy[n] = 0.f;
+using Args = PolicyLossArgs<float>;
+
+void skip_row(const Args& a, int64_t n) {
+  write_skipped(a, n);
   if (a.dlogits) std::fill_n(a.dlogits + n * a.dlogits_stride, a.vocab, 0.f);
 }
 
-MRPO_MULTIVERSION void loss_row(const PolicyLossArgs& a, int64_t n) {
+MRPO_MULTIVERSION void loss_row(const Args& a, int64_t n) {
   const float* x = a.logits + n * a.logits_stride;
   const int64_t target = a.targets[n];
   const float scale = 1.f / a.config.temperature;
@@ -117,18 +117,14 @@ MRPO_MULTIVERSION void loss_row(const PolicyLossArgs& a, int64_t n) {
   const double sum = row.others + std::exp(target_logit);
   const float logprob = float(target_logit - std::log(sum));
 
-  const TokenLoss token = token_loss(logprob, a.old_logprobs ? a.old_logprobs[n] : logprob,
-                                     a.ref_logprobs ? a.ref_logprobs + n : nullptr,
-                                     a.sampler_logprobs ? a.sampler_logprobs + n : nullptr, a.advantages[n], a.config);
-  a.losses[n] = a.weights[n] * token.loss;
-  a.logprobs[n] = logprob;
-  a.kl[n] = token.kl;
-  a.clipped[n] = token.clipped;
+  const Token token = read_token(a, n);
+  const TokenLoss loss = token_loss(a, token, logprob);
+  write_token(a, n, token.weight, logprob, loss);
   if (a.entropy) a.entropy[n] = row_entropy(x, a.vocab, row.max, sum, scale);
   if (!a.dlogits) return;
 
   float* dx = a.dlogits + n * a.dlogits_stride;
-  const float coefficient = a.weights[n] * token.dlogprob * scale;
+  const float coefficient = token.weight * loss.dlogprob * scale;
   if (coefficient == 0.f) {  // clipped, or no advantage: nothing to learn, nothing to compute
     std::fill_n(dx, a.vocab, 0.f);
     return;
@@ -139,7 +135,7 @@ MRPO_MULTIVERSION void loss_row(const PolicyLossArgs& a, int64_t n) {
 
 }  // namespace
 
-void policy_loss_cpu(const PolicyLossArgs& args, int num_threads) {
+void policy_loss_cpu(const Args& args, int num_threads) {
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t n = 0; n < args.rows; ++n) {
     if (args.weights[n] == 0.f) {

@@ -1,7 +1,8 @@
 """Which implementation of an operator runs where: one table, which `use` overrides.
 
-A pair of device and dtype that the table does not list, or whose implementation is missing in this installation, runs
-the plain PyTorch definition of `reference.py` and says so once.
+The table gives the implementations of a device and dtype in order of preference. A pair that it does not list, or none
+of whose implementations runs in this installation on this device, runs the plain PyTorch definition of `reference.py`
+and says so once.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ import torch
 
 _HALF_AND_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
-# `cpp` and `triton` compute in fp32, whatever the dtype of the logits; fp64 keeps its precision in the reference.
+# All but `reference` compute in fp32, whatever the dtype of the logits; fp64 keeps its precision in the reference.
+# `cuda` is the default on Hopper and newer, where it reads a row from memory once; elsewhere it must be forced.
 # The linear operators are made of the row kernel of the policy loss and follow its entry.
-IMPLEMENTATIONS: dict[str, dict[tuple[str, torch.dtype], str]] = {
+IMPLEMENTATIONS: dict[str, dict[tuple[str, torch.dtype], tuple[str, ...]]] = {
     "policy_loss": {
-        **{("cpu", dtype): "cpp" for dtype in _HALF_AND_FP32},
-        **{("cuda", dtype): "triton" for dtype in _HALF_AND_FP32},
-        ("cpu", torch.float64): "reference",
-        ("cuda", torch.float64): "reference",
+        **{("cpu", dtype): ("cpp",) for dtype in _HALF_AND_FP32},
+        **{("cuda", dtype): ("cuda", "triton") for dtype in _HALF_AND_FP32},
+        ("cpu", torch.float64): ("reference",),
+        ("cuda", torch.float64): ("reference",),
     },
     "step_advantages": {
-        **{("cpu", dtype): "reference" for dtype in (*_HALF_AND_FP32, torch.float64)},
-        **{("cuda", dtype): "triton" for dtype in (*_HALF_AND_FP32, torch.float64)},
+        **{("cpu", dtype): ("reference",) for dtype in (*_HALF_AND_FP32, torch.float64)},
+        **{("cuda", dtype): ("triton",) for dtype in (*_HALF_AND_FP32, torch.float64)},
     },
 }
+
+# From this compute capability on `cuda` is preferred: thread-block clusters.
+_CLUSTERS = (9, 0)
 
 _forced: ContextVar[str | None] = ContextVar("forced_implementation", default=None)
 _fallback_forbidden: ContextVar[bool] = ContextVar("fallback_forbidden", default=False)
@@ -41,7 +46,7 @@ _fallback_forbidden: ContextVar[bool] = ContextVar("fallback_forbidden", default
 
 @contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every operator of this context by `implementation` ("triton", "cpp", "reference").
+    """Run every operator of this context by `implementation` ("cuda", "triton", "cpp", "reference").
 
     What it cannot do raises RuntimeError; an operator that has no such implementation anywhere runs as usual. Triton
     runs on the CPU under its interpreter only: with TRITON_INTERPRET=1 in the environment before triton is imported.
@@ -71,10 +76,13 @@ def implementation_of(operator: str, device: torch.device, dtype: torch.dtype) -
             knows; or `forbid_fallback` forbids the reference.
     """
     forced = _forced_for(operator, device, dtype)
-    chosen = forced or IMPLEMENTATIONS[operator].get((device.type, dtype))
-    missing = f"no kernel serves {dtype} on {device.type}" if chosen is None else _missing(chosen)
-    if chosen is not None and missing is None:
-        return chosen
+    choices = (forced,) if forced else IMPLEMENTATIONS[operator].get((device.type, dtype), ())
+    missing = f"no kernel serves {dtype} on {device.type}"
+    for choice in choices:
+        found = _missing(choice, device)
+        if found is None and (forced or choice != "cuda" or _capability(device) >= _CLUSTERS):
+            return choice
+        missing = found or missing
     if forced is not None or _fallback_forbidden.get():
         raise RuntimeError(f"{operator}: {missing}")
     _warn(f"{missing}: {operator} runs in plain PyTorch, which is slower and takes more memory")
@@ -86,12 +94,12 @@ def _forced_for(operator: str, device: torch.device, dtype: torch.dtype) -> str 
     forced, table = _forced.get(), IMPLEMENTATIONS[operator]
     if forced is None or forced == "reference":
         return forced
-    if not any(forced in other.values() for other in IMPLEMENTATIONS.values()):
+    if not any(forced in names for other in IMPLEMENTATIONS.values() for names in other.values()):
         raise RuntimeError(f"there is no implementation {forced!r} of any operator")
-    if forced not in table.values():
+    if not any(forced in names for names in table.values()):
         return None
     interpreted = forced == "triton" and device.type == "cpu" and triton_is_interpreted()
-    if table.get(("cuda" if interpreted else device.type, dtype)) != forced:
+    if forced not in table.get(("cuda" if interpreted else device.type, dtype), ()):
         raise RuntimeError(f"{operator}: implementation {forced!r} does not serve {dtype} on {device.type}")
     return forced
 
@@ -105,22 +113,37 @@ def extension() -> ModuleType | None:
         return None
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return find_spec(package) is not None
+
+
 def triton_is_interpreted() -> bool:
     """Whether Triton runs kernels in Python on the CPU."""
-    if find_spec("triton") is None:
+    if not is_installed("triton"):
         return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)
 
 
-def _missing(implementation: str) -> str | None:
-    """What this installation lacks to run it, and the cure."""
-    if implementation == "cpp" and extension() is None:
+def _missing(implementation: str, device: torch.device) -> str | None:
+    """What this installation or machine lacks to run it, and the cure."""
+    module = extension()
+    if implementation in ("cpp", "cuda") and module is None:
         return "mrpo._C is not built (reinstall mrpo with a C++17 compiler)"
-    if implementation == "triton" and find_spec("triton") is None:
+    if implementation == "cuda" and not getattr(module, "cuda_architectures", ()):
+        return "mrpo._C has no CUDA part (reinstall mrpo where nvcc is)"
+    if implementation == "cuda" and not torch.cuda.is_available():
+        return f"there is no CUDA driver or device to run on {device}"
+    if implementation == "triton" and not is_installed("triton"):
         return "triton is not installed (pip install triton)"
     return None
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=64)

@@ -1,8 +1,8 @@
 """The clipped policy loss of completion tokens, from logits to a differentiable scalar.
 
 The fast paths compute the gradient in the forward pass, while a row of logits is at hand: the coefficient of every
-token is known there. Bytes for N rows of V logits of s bytes: sNV read, once by the C++ kernel and twice by the Triton
-kernel, and sNV of gradient written; no other array of that size, and not even that one with `inplace`.
+token is known there. Bytes for N rows of V logits of s bytes: sNV read, once by the C++ and CUDA kernels and twice by
+the Triton kernel, and sNV of gradient written; no other array of that size, and not even that one with `inplace`.
 """
 
 from __future__ import annotations

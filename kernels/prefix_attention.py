@@ -92,10 +92,29 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
 
 
+GroupMasks = tuple[tuple[slice, torch.Tensor], ...]
+
+
+def sdpa_prefix_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: GroupMasks, scale: float
+) -> torch.Tensor:
+    """SDPA under a layout's `group_masks`, group by group: a mask of the whole row would make L^2 scores."""
+    outputs = [
+        scaled_dot_product_attention(
+            q[:, :, place],
+            k[:, :, place],
+            v[:, :, place],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        for place, mask in masks
+    ]
+    return torch.cat(outputs, dim=2)
+
+
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PrefixLayout, scale: float) -> torch.Tensor:
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=layout.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return sdpa_prefix_attention(q, k, v, layout.group_masks, scale)
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PrefixLayout, scale: float) -> torch.Tensor:

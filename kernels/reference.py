@@ -25,6 +25,7 @@ PENALTIES: dict[str, StepPenalty] = {
     "exponential": lambda k, num_steps: torch.exp(1.0 - _lateness(k, num_steps)),
     "linear": lambda k, num_steps: 2.0 - _lateness(k, num_steps),
     "none": lambda k, num_steps: torch.ones_like(k * num_steps, dtype=torch.float64),
+    "reversed": lambda k, num_steps: torch.exp(1.0 - _lateness(num_steps + 1 - k, num_steps)),
 }
 
 

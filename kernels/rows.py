@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from . import reference
-from .dispatch import implementation_of
+from .dispatch import implementation_of, is_installed
 from .policy_loss_cpp import run_cpp
+from .policy_loss_cuda import run_cuda
 from .records import LossConfig, RowInputs, RowOutputs, SegmentedAdvantages
 
 __all__ = ["LossConfig", "RowInputs", "RowOutputs", "SegmentedAdvantages", "loss_rows", "times_upstream"]
@@ -80,7 +81,7 @@ def _run(implementation: str) -> Callable[[torch.Tensor, RowInputs, LossConfig, 
         from .policy_loss_triton import run_triton
 
         return run_triton
-    return run_cpp
+    return {"cpp": run_cpp, "cuda": run_cuda}[implementation]
 
 
 def times_upstream(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
@@ -92,9 +93,11 @@ def times_upstream(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tens
     """
     if gradient.device.type == "cpu":
         return gradient if upstream.item() == 1.0 else gradient * upstream
+    implementation = implementation_of("policy_loss", gradient.device, gradient.dtype)
     rows_are_contiguous = gradient.is_contiguous() or (gradient.dim() == 2 and gradient.stride(1) == 1)
     if (
-        implementation_of("policy_loss", gradient.device, gradient.dtype) != "triton"
+        implementation not in ("cuda", "triton")
+        or not is_installed("triton")
         or not rows_are_contiguous
         or torch._C._autograd._get_current_graph_task_keep_graph()
     ):

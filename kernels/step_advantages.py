@@ -38,9 +38,10 @@ def step_advantages(
             return (step id >= num_steps) counts as outside.
         step_valid: the judge's word on each step, padded to the longest completion.
         num_steps: K, the number of judged steps of each completion; 0: not judged.
-        penalty: w as "exponential", "linear" (from 2 to 1), "none" (1 at every step); a table of weights, [K_max] by k
-            or [K_max, K_max] by K and k, both counted from 1; or a function of the int64 tensors k [1, K], 1-based,
-            and num_steps [B, 1] that gives weights [B, K].
+        penalty: w as "exponential", "linear" (from 2 to 1), "none" (1 at every step), "reversed" (the exponential
+            weight of step K + 1 - k, an ablation); a table of weights, [K_max] by k or [K_max, K_max] by K and k, both
+            counted from 1; or a function of the int64 tensors k [1, K], 1-based, and num_steps [B, 1] that gives
+            weights [B, K].
         round_weights: round w to two decimals, as the paper's code does.
 
     Raises:

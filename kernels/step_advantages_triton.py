@@ -55,8 +55,9 @@ def _shape_kernel(
     valid = tl.load(step_valid + place, mask=judged, other=True)
     if weights is None:
         span = tl.where(steps > 1, steps - 1, 1).to(tl.float64)
-        lateness = tl.where(steps > 1, step.to(tl.float64) / span, 1.0)
-        if PENALTY == "exponential":
+        passed = steps - 1 - step if PENALTY == "reversed" else step
+        lateness = tl.where(steps > 1, passed.to(tl.float64) / span, 1.0)
+        if PENALTY == "exponential" or PENALTY == "reversed":
             weight = tl.exp(1.0 - lateness)
         elif PENALTY == "linear":
             weight = 2.0 - lateness

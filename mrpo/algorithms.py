@@ -6,6 +6,9 @@ NaN marks the process reward of an unjudged completion.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -79,6 +82,41 @@ def gdpo_advantages(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     scores = _standardized(parts, dim=2, scale=True)
     summed = torch.einsum("n,npg->pg", weights.to(scores), scores)
     return _standardized(summed.flatten(), dim=0, scale=True).view_as(summed)
+
+
+def telescoped_credits(advantages: Sequence[float], histories: Sequence[tuple[bool, ...] | None]) -> list[list[float]]:
+    """Which step of each completion of a group earned how much of its advantage, as far as verdicts tell.
+
+    The value of a history of verdicts is the mean advantage of those completions of the group whose verdicts begin with
+    it. A step earns the value of the history with it minus that without it, and what follows the last step the
+    completion's advantage minus the value of its whole history. So the credits of a completion add up to its advantage
+    (minus the mean of the judged ones), those of the completions that share a history average to zero at its next
+    step, and a step where no verdict sets them apart earns nothing. These are the TD errors of a value function over
+    histories. VinePPO (arXiv 2410.01679) finds such values by further rollouts; here verdicts tell states apart, and
+    the group is all there is.
+
+    Args:
+        advantages: of the G completions.
+        histories: whether each step is valid, in order; None: not judged, and left out of the values.
+
+    Returns:
+        For each completion the credits of its K steps, then of the tokens outside them: K + 1 numbers; of one that was
+        not judged, its advantage alone.
+    """
+    sharing: dict[tuple[bool, ...], list[float]] = {}
+    for advantage, history in zip(advantages, histories, strict=True):
+        if history is not None:
+            for k in range(len(history) + 1):
+                sharing.setdefault(history[:k], []).append(advantage)
+    value = {history: fmean(found) for history, found in sharing.items()}
+    credits = []
+    for advantage, history in zip(advantages, histories, strict=True):
+        if history is None:
+            credits.append([advantage])
+        else:
+            path = [*(value[history[:k]] for k in range(len(history) + 1)), advantage]
+            credits.append([after - before for before, after in pairwise(path)])
+    return credits
 
 
 def _standardized(values: torch.Tensor, *, dim: int, scale: bool) -> torch.Tensor:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from mrpo.config import CheckpointConfig
 from mrpo.errors import UserError
@@ -47,13 +51,15 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
         runtime.barrier()
 
-    def save(self, engine: Any, state: TrainerState) -> Path:
-        """Writes a checkpoint of `engine` and `state`. Every process must call this."""
-        final = self._folder / f"step-{state.step:06d}"
+    def save(self, engine: Any, state: TrainerState, tensors: Mapping[str, torch.Tensor]) -> Path:
+        """Writes a checkpoint of `engine`, `state` and this process's `tensors`. Every process must call this."""
+        final = self._path(state.step)
         if final.exists():
             return final
         partial = self._folder / f"{_PARTIAL}{final.name}"
         engine.save_checkpoint(str(partial), tag=_TAG)
+        if tensors:
+            save_file(dict(tensors), partial / self._tensor_file)
         self._runtime.barrier()
         if self._runtime.is_main:
             (partial / _STATE).write_text(json.dumps(asdict(state)))
@@ -81,6 +87,18 @@ class CheckpointStore:
             )
         engine.load_checkpoint(str(path), tag=_TAG)
         return state
+
+    def load_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        """What this process saved beside the model after `step` steps; empty if it was nothing."""
+        path = self._path(step) / self._tensor_file
+        return load_file(path) if path.is_file() else {}
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
+
+    @property
+    def _tensor_file(self) -> str:
+        return f"rank-{self._runtime.rank}.safetensors"
 
     def _prune(self) -> None:
         found = checkpoints(self._folder)

@@ -31,9 +31,27 @@ class ModelConfig(Section):
         None, pattern=r"^[A-Za-z_]+$", description="Name of the reasoning tag; default: what the model family uses"
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass")
     freeze_vision: bool = Field(False, description="Do not train the vision tower and its projector")
+    lora_rank: NonNegative = Field(
+        0, description="Train low-rank adapters of this rank instead of the weights (needs the peft package); 0: none"
+    )
+    lora_alpha: float = Field(32.0, gt=0.0, description="Adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: tuple[str, ...] | None = Field(
+        None, description="Names of the linear layers that get adapters, as [q_proj, v_proj]; null: all but the head"
+    )
+    lora_vision: bool = Field(False, description="Adapters in the vision tower and its projector, too")
+    liger: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="liger-kernel's RMSNorm, SwiGLU and RoPE in the language model; auto: on a GPU where the package "
+        "is installed and layers are not compiled",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model folder")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.freeze_vision and self.lora_vision:
+            raise ValueError("lora_vision=true would train the vision tower: set freeze_vision=false")
+        return self
 
 
 class DataConfig(Section):
@@ -68,6 +86,9 @@ class DataConfig(Section):
     train_size: Positive | None = Field(None, description="Use only the first N training questions; default: all")
     eval_size: Positive | None = Field(512, description="Held-out questions per evaluation; null: all")
     corruption: Share = Field(0.0, description="Share of phantom rationales told of a misread scene (sft)")
+    phantom_look: Literal["plain", "hard", "shifted"] = Field(
+        "plain", description="Phantom pictures: easy ones, faint and noisy ones, or those of an unseen device and body"
+    )
     on_error: Literal["raise", "skip"] = Field("raise", description="What to do with a broken row or image")
     max_image_pixels: Positive = Field(802_816, description="Larger images are scaled down, keeping their shape")
 
@@ -96,12 +117,40 @@ class PromptConfig(Section):
 class RolloutConfig(Section):
     """Sampling of completions."""
 
-    engine: Literal["hf"] = Field("hf", description="Generation engine")
+    engine: Literal["hf", "vllm", "vllm_server"] = Field(
+        "hf", description="`hf`: the trained model itself; `vllm`: in the trainer's processes; `vllm_server`: elsewhere"
+    )
     group_size: int = Field(8, ge=1, description="Completions per prompt, G")
     temperature: float = Field(1.0, gt=0.0, description="Sampling temperature")
     max_tokens: Positive = Field(128, description="Longest completion (paper: 512)")
     batch_size: Positive = Field(128, description="Completions generated at once per process")
     mask_truncated: bool = Field(False, description="Leave completions cut at the length limit out of the loss")
+    ahead: Literal[0, 1] = Field(
+        0, description="1: sample the next step's completions before this step's update, while its verdicts arrive"
+    )
+    tensor_parallel: Positive = Field(1, description="vllm: processes that share one engine and its prompts")
+    gpu_memory: float = Field(0.4, gt=0.0, le=1.0, description="vllm: share of the GPU's memory that the engine takes")
+    sleep_level: Literal[0, 1, 2] = Field(
+        2, description="vllm on a GPU, during updates: 0 keeps all memory; 1 moves weights to the host; 2 drops them"
+    )
+    enforce_eager: bool = Field(False, description="vllm: start in seconds instead of compiling, and generate slower")
+    engine_options: dict[str, Any] = Field(default_factory=dict, description="vllm: further arguments of vllm.LLM")
+    servers: list[str] = Field(default_factory=list, description="vllm_server: URLs, as [http://host:8000]")
+    server_timeout: float = Field(600.0, gt=0.0, description="vllm_server: seconds without a word from a server")
+    sync_folder: Path | None = Field(
+        None, description="vllm_server: folder that trainer and servers share, for new weights; null: sent over HTTP"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutConfig:
+        if (self.engine == "vllm_server") != bool(self.servers):
+            needs = "needs" if self.engine == "vllm_server" else "takes no"
+            raise ValueError(f"engine={self.engine} {needs} servers, and servers={self.servers}")
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} needs engine=vllm, not {self.engine}")
+        if self.engine != "hf" and self.temperature > 2:
+            raise ValueError(f"vLLM samples at temperatures up to 2, not temperature={self.temperature:g}")
+        return self
 
 
 class RewardConfig(Section):
@@ -129,6 +178,13 @@ class RewardConfig(Section):
         return self
 
 
+# Fields of JudgeConfig that say how the judge is reached, which changes no verdict.
+JUDGE_TRANSPORT = {
+    "api_key_env", "image_ids", "concurrency", "timeout", "retries", "deadline", "breaker_failures", "breaker_pause",
+    "price_input", "price_cached", "price_output", "cache", "max_unjudged",
+}  # fmt: skip
+
+
 class JudgeConfig(Section):
     """Who judges the steps."""
 
@@ -138,19 +194,62 @@ class JudgeConfig(Section):
     model: str = Field("gpt-5-mini", description="Model name at the endpoint")
     base_url: str | None = Field(None, description="Endpoint; default: the openai package's own")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key")
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="Further fields of every request, as {reasoning_effort: low, max_tokens: 512}"
+    )
+    image_detail: Literal["auto", "low", "high"] = Field("auto", description="Detail asked for of images at OpenAI")
+    max_image_pixels: Positive | None = Field(
+        None, description="Larger images are scaled down first; null: as they are"
+    )
+    image_ids: bool = Field(
+        False, description="vLLM endpoints: name images by their digest, and send each image's bytes only once"
+    )
+    count_in_schema: bool = Field(
+        False, description="Put the number of steps into the JSON schema, if the endpoint can: it cannot miscount then"
+    )
     concurrency: Positive = Field(32, description="Requests under way at once per process")
-    timeout: float = Field(60.0, gt=0.0, description="Seconds before a request is given up")
+    timeout: float = Field(60.0, gt=0.0, description="Seconds before one try of a request is given up")
     retries: NonNegative = Field(4, description="Further tries of a failed request")
+    deadline: float = Field(600.0, gt=0.0, description="Seconds for one verdict with all its tries, waits and repair")
+    breaker_failures: NonNegative = Field(
+        8, description="Failed requests in a row after which the endpoint counts as down; 0: never"
+    )
+    breaker_pause: float = Field(30.0, ge=0.0, description="Seconds until an endpoint that is down is tried again")
+    price_input: float | None = Field(None, ge=0.0, description="USD per million prompt tokens; null: not counted")
+    price_cached: float | None = Field(
+        None, ge=0.0, description="USD per million prompt tokens that the endpoint had cached; null: as price_input"
+    )
+    price_output: float | None = Field(None, ge=0.0, description="USD per million answer tokens; null: not counted")
+    cache: Path | None = Field(None, description="Folder that keeps an endpoint's verdicts; null: OUTPUT_DIR/judge")
     max_unjudged: Share = Field(0.5, description="Stop the run when a step's unjudged share exceeds this")
     min_overlap: Share = Field(0.3, description="Embedded stand-in: share of a step's words that must be in the gold")
+    encoder: Path | None = Field(
+        None, description="Embedded stand-in: folder of a sentence encoder that compares meanings, too; null: none"
+    )
+    min_similarity: float = Field(
+        0.5, ge=-1.0, le=1.0, description="Embedded stand-in: cosine above which the encoder finds a step in the gold"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JudgeConfig:
+        if self.deadline < self.timeout:
+            raise ValueError(f"deadline={self.deadline:g} must not be below timeout={self.timeout:g}")
+        if self.encoder is not None and self.kind != "embedded":
+            raise ValueError(f"encoder belongs to kind=embedded, not {self.kind}")
+        return self
 
 
 class AdvantageConfig(Section):
     """From rewards to per-token advantages."""
 
+    credit: Literal["shaped", "telescoped"] = Field(
+        "shaped",
+        description="How MRPO's verdicts reach tokens: the paper's shaping (tau, penalty); or a step earns how it "
+        "changes the group's mean advantage over completions with the same verdicts so far (docs/study.md)",
+    )
     tau: Share = Field(0.6, description="An answer reward above this counts as correct: no shaping")
-    penalty: Literal["exponential", "linear", "none"] = Field(
-        "exponential", description="Weight of an invalid step against its place: e to 1, 2 to 1, or always 1"
+    penalty: Literal["exponential", "linear", "none", "reversed"] = Field(
+        "exponential", description="Weight of an invalid step against its place: e to 1, 2 to 1, always 1, or 1 to e"
     )
     round_weights: bool = Field(False, description="Round the penalty to two decimals, as the reference code does")
     normalize: Literal["group_std", "group_mean"] = Field(
@@ -167,10 +266,45 @@ class LossConfig(Section):
     reference: Literal["start", "none"] = Field(
         "start", description="Reference policy of the KL: a frozen copy of the start policy, or none"
     )
+    reference_offload: bool = Field(False, description="Keep the reference policy in host memory between its uses")
     updates_per_rollout: Positive = Field(1, description="Optimizer steps on each batch of rollouts")
+    sampler_correction: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Weigh tokens by p_policy / p_sampler, truncated; auto: if the engine tells its log-probabilities",
+    )
+    importance_cap: float = Field(2.0, gt=0.0, description="Largest weight of the sampler correction")
     normalization: Literal["sequence", "token", "constant"] = Field(
         "sequence",
         description="Mean over each completion's tokens then completions; mean over all tokens; sum / max_tokens",
+    )
+
+
+class UpdateConfig(Section):
+    """How an optimizer step computes its gradient. The gradient is the same, up to rounding."""
+
+    packing: Literal["auto", "shared_prefix", "dense"] = Field(
+        "auto",
+        description="shared_prefix: a prompt once, its completions behind it; dense: a prompt for every completion, in "
+        "micro-batches of optim.micro_batch_size; auto: the cheaper one by FLOPs",
+    )
+    token_budget: Positive = Field(
+        8192, description="Tokens of a packed forward and backward pass of one process; larger groups are split"
+    )
+    pad_multiple: Positive | None = Field(
+        None, description="Packed rows are padded to a multiple of this; null: 128 on a GPU, none on a CPU"
+    )
+    attention: Literal["auto", "flex", "flash", "sdpa"] = Field(
+        "auto",
+        description="Attention of packed rows: FlexAttention, two flash-attention calls joined, a dense mask; auto: "
+        "what the device does fastest",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile every layer of the language model; auto: on a GPU, but not under ZeRO 3"
+    )
+    checkpointing: Literal["auto", "none", "all"] | NonNegative | Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        "auto",
+        description="Layers of the language model that recompute their activations in the backward pass, a number or a "
+        "share; all: the vision tower's, too; auto: on a GPU as many as its memory asks for, elsewhere none",
     )
 
 
@@ -180,7 +314,9 @@ class OptimConfig(Section):
     steps: Positive | None = Field(80, description="Rollout steps of the run; null: one pass over `epochs`")
     epochs: float = Field(1.0, gt=0.0, description="Passes over the training questions when steps is null")
     batch_size: Positive = Field(128, description="Completions (sft: examples) per step over all processes")
-    micro_batch_size: Positive = Field(64, description="Completions per forward and backward pass of one process")
+    micro_batch_size: Positive = Field(
+        64, description="Completions per forward and backward pass of one process, where update.packing is dense"
+    )
     lr: float = Field(1e-4, gt=0.0, description="Peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up")
     warmup_steps: NonNegative = Field(5, description="Steps of linear warm-up")
@@ -248,6 +384,7 @@ class Config(Section):
     judge: JudgeConfig = JudgeConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
+    update: UpdateConfig = UpdateConfig()
     optim: OptimConfig = OptimConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     eval: EvalConfig = EvalConfig()

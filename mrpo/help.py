@@ -73,6 +73,8 @@ def type_text(schema: Mapping[str, Any]) -> str:
             return f"text matching {schema['pattern']}" if "pattern" in schema else "text"
         case "object":
             return "mapping"
+        case "array":
+            return "list"
         case kind:
             return str(kind)
 

@@ -72,11 +72,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `token_ids` are the sampler's own (never re-tokenised), the end token included."""
+    """One sampled answer. `token_ids` are the sampler's own (never re-tokenised), the end token included.
+
+    `logprobs` are the sampler's log-probabilities of these tokens at its temperature, in nats; None: it tells none.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: Literal["stop", "length"]
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class EncodedPrompt:
     dimension over patches or tiles, so that prompts are batched by concatenation.
 
     For engines that process images and expand their tokens themselves, `text_ids` is the prompt with one placeholder
-    an image and `pictures` are the images, scaled down to the pixel limit.
+    an image and `pictures` are the images, scaled down to the pixel limit; `message` is what the user says beside them.
     """
 
     input_ids: torch.Tensor
@@ -156,6 +160,7 @@ class EncodedPrompt:
     images: Mapping[str, torch.Tensor]
     text_ids: tuple[int, ...]
     pictures: tuple[Image.Image, ...]
+    message: str = ""
 
 
 @dataclass(frozen=True)

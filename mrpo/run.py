@@ -8,35 +8,41 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.checkpoint import CheckpointStore
-from mrpo.config import Config
+from mrpo.config import JUDGE_TRANSPORT, Config
 from mrpo.data import load_dataset
 from mrpo.data.order import steps_for
 from mrpo.errors import UserError
 from mrpo.evaluated import read_evaluated, write_evaluated
-from mrpo.evaluation import Evaluation, evaluate
+from mrpo.evaluation import Evaluation, evaluate, validation_metrics
 from mrpo.help import config_help
 from mrpo.judge import Judge, make_judge
 from mrpo.policy import Policy
 from mrpo.records import EvaluatedSample, Example
-from mrpo.report import draw_curves, draw_failures
+from mrpo.report import draw_curves, draw_failures, draw_timeline
 from mrpo.report.sample import render_sample
 from mrpo.report.table import before_after_table
-from mrpo.rollout.hf import HFEngine
+from mrpo.rollout import make_engine
 from mrpo.runtime import Runtime
 from mrpo.scoring import Scorer
 from mrpo.settings import load_config, to_yaml
 from mrpo.telemetry import RunLog, require_packages
 from mrpo.trainer import Trainer
 
+VERDICTS = "judge"  # folder in output_dir
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # Fields that may change when a run is continued: they do not touch what it computes.
-_MAY_CHANGE = ("output_dir", "checkpoint", "log", "eval", "optim.steps", "optim.epochs", "optim.micro_batch_size")
+_MAY_CHANGE = (
+    "output_dir", "checkpoint", "log", "eval", "update", "optim.steps", "optim.epochs", "optim.micro_batch_size",
+    *(f"judge.{name}" for name in sorted(JUDGE_TRANSPORT)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Inputs:
     judge: Judge
     train_set: Sequence[Example]
     eval_set: Sequence[Example]
+    validation_set: Sequence[Example]
     total_steps: int
 
 
@@ -101,13 +108,15 @@ def load_inputs(config: Config) -> Inputs:
     processor = load_processor(config)
     require_packages(config.log)
     train_set, eval_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
-    judge = make_judge(config.judge, train_set[0].metadata.get("dataset", config.data.name))
+    validation_set = load_dataset(config.data, "validation") if config.eval.every else ()
+    dataset = train_set[0].metadata.get("dataset", config.data.name)
+    judge = make_judge(config.judge, dataset, config.output_dir / VERDICTS)
     if config.algorithm == "sft" and not train_set[0].rationale:
         raise UserError(f"algorithm=sft imitates gold rationales, and data.name={config.data.name} has none")
     for example in (train_set[0], eval_set[0]):
         processor.encode_prompt(example)
     steps = config.optim.steps or steps_for(len(train_set), prompts_per_step, config.optim.epochs)
-    return Inputs(processor, judge, train_set, eval_set, steps)
+    return Inputs(processor, judge, train_set, eval_set, validation_set, steps)
 
 
 def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, overwrite: bool) -> int:
@@ -116,24 +125,28 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
     stop = _StopOnSigterm()
     processor = inputs.processor
     policy = Policy(load_model(config.model), processor, config, runtime)
-    engine = HFEngine(policy.model, processor, batch_size=config.rollout.batch_size, weights=policy.whole_weights)
-    scorer = Scorer(config, inputs.judge, processor.tokenizer, processor.think_tag)
     store = CheckpointStore(config.output_dir / "checkpoints", config.checkpoint, runtime)
     state = store.load_latest(policy.engine) if resume else None
     start_step = state.step if state else 0
-    with RunLog(
-        config.output_dir,
-        config.log,
-        total_steps=inputs.total_steps,
-        is_main=runtime.is_main,
-        resume_step=start_step if resume else None,
-        title=f"{config.algorithm} · {config.model.path} · {config.data.name}",
-    ) as log:
+    with (
+        closing(make_engine(config, processor, policy, runtime)) as engine,
+        closing(Scorer(config, inputs.judge, processor.tokenizer, processor.think_tag)) as scorer,
+        RunLog(
+            config.output_dir,
+            config.log,
+            total_steps=inputs.total_steps,
+            is_main=runtime.is_main,
+            resume_step=start_step if resume else None,
+            title=f"{config.algorithm} · {config.model.path} · {config.data.name}",
+        ) as log,
+    ):
 
-        def measure(name: str) -> Evaluation:
-            with log.stage(f"evaluating ({name})", len(inputs.eval_set)) as stage:
-                return evaluate(
-                    inputs.eval_set,
+        def measure(name: str, examples: Sequence[Example]) -> Evaluation:
+            if config.algorithm == "sft":  # which does not bring its weights to the engine after every step
+                engine.sync(policy.weights)
+            with log.stage(f"evaluating ({name})", len(examples)) as stage:
+                found = evaluate(
+                    examples,
                     config=config,
                     runtime=runtime,
                     processor=processor,
@@ -141,8 +154,10 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
                     scorer=scorer,
                     progress=stage.advance,
                 )
+            scorer.judge_stats()  # the next step's are its own
+            return found
 
-        before = _evaluate_start(config, runtime, measure, start_step)
+        before = _evaluate_start(config, runtime, partial(measure, "before", inputs.eval_set), start_step)
         trainer = Trainer(
             config=config,
             runtime=runtime,
@@ -153,12 +168,13 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
             checkpoints=store,
             log=log,
             total_steps=inputs.total_steps,
+            evaluate=lambda: validation_metrics(measure("validation", inputs.validation_set).samples),
             stop_requested=lambda: stop.requested,
         )
         if not trainer.run(start_step):
             log.message(f"SIGTERM: saved; continue with --resume output_dir={config.output_dir}")
             return EXIT_TERMINATED
-        after = measure("after") if config.eval.at_end else None
+        after = measure("after", inputs.eval_set) if config.eval.at_end else None
         if config.checkpoint.export:
             policy.export(str(config.output_dir / "policy"))
         if runtime.is_main:
@@ -215,14 +231,23 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
 def _prepare_output(config: Config, runtime: Runtime, *, resume: bool, overwrite: bool) -> None:
     if runtime.is_main:
         if overwrite and (config.output_dir / "config.yaml").is_file():
-            shutil.rmtree(config.output_dir)
+            _remove_run(config.output_dir)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     runtime.barrier()
 
 
+def _remove_run(folder: Path) -> None:
+    """Deletes all of a run but the judge's verdicts, which were paid for and hold for any run."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != VERDICTS:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
 def _evaluate_start(
-    config: Config, runtime: Runtime, measure: Callable[[str], Evaluation], start_step: int
+    config: Config, runtime: Runtime, measure: Callable[[], Evaluation], start_step: int
 ) -> list[EvaluatedSample] | None:
     """The evaluation of the start policy; a continued run reads what it wrote, as the start policy is gone."""
     path = config.output_dir / "evaluation-before.json"
@@ -230,7 +255,7 @@ def _evaluate_start(
         return read_evaluated(path) if path.is_file() else None
     if not config.eval.at_start:
         return None
-    samples = measure("before").samples
+    samples = measure().samples
     if runtime.is_main:
         write_evaluated(path, samples)
     return samples
@@ -249,6 +274,7 @@ def _report(config: Config, log: RunLog, before: list[EvaluatedSample] | None, a
         log.message(table.to_rich())
     if config.log.plots:
         draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+        draw_timeline(folder / "metrics.jsonl", folder / "timeline.png")
         evaluations = {"before": before, "after": after.samples if after else None}
         present = {name: samples for name, samples in evaluations.items() if samples}
         if present:

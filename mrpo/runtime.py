@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -39,6 +41,7 @@ class Runtime:
         accelerator.set_device(local_rank)
         # Ranks may wait for each other while one of them reads data or retries a judge.
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
+        _forget_shared_buffers()
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -63,6 +66,10 @@ class Runtime:
         dist.all_gather_object(items, item)
         return items
 
+    def exchange(self, outgoing: Sequence[Any]) -> list[Any]:
+        """What every process has for this one, in rank order; `outgoing[r]` goes to process r. For rare things."""
+        return [sent[self.rank] for sent in self.gather_objects(list(outgoing))]
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over processes."""
         total = values.to(self.device, copy=True)
@@ -83,3 +90,14 @@ class Runtime:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _forget_shared_buffers() -> None:
+    """Takes the name from the 66 MiB that DeepSpeed's collectives on CPUs share, which would stay after a crash.
+
+    Every process of this machine has them open by now, so that they last until the last one is gone.
+    """
+    dist.barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)

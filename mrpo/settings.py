@@ -181,7 +181,7 @@ def _validate(settings: Sequence[Setting]) -> tuple[Config | None, list[str]]:
         for fault in faults:
             keys, lines = _explain(fault, settings)
             wrong |= keys
-            problems += lines
+            problems += [line for line in lines if line not in problems]  # a union has a fault for each of its kinds
     if wrong:
         _, others = _validate([setting for setting in settings if setting.key not in wrong])
         problems += [line for line in others if not any(_mentions(line, key) for key in wrong)]

@@ -49,6 +49,6 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The metrics of a run without what depends on the clock."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("time/") and k != "tokens_per_s"}
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "judge/")) and k != "tokens_per_s"}
         for line in lines
     ]

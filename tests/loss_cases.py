@@ -16,8 +16,9 @@ needs_triton = pytest.mark.skipif(
     not (torch.cuda.is_available() or triton_is_interpreted()), reason="Triton needs a GPU or its interpreter"
 )
 CPP, TRITON = pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=needs_triton)
-every_implementation = pytest.mark.parametrize("implementation", [CPP, TRITON, "reference"])
-every_kernel = pytest.mark.parametrize("implementation", [CPP, TRITON])
+CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+every_implementation = pytest.mark.parametrize("implementation", [CPP, TRITON, *CUDA, "reference"])
+every_kernel = pytest.mark.parametrize("implementation", [CPP, TRITON, *CUDA])
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def random_case(rows: int, vocab: int, *, seed: int = 0, spread: float = 2.0) ->
 
 def device_of(implementation: str) -> str:
     """Where the tests run it."""
-    return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if implementation in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def run(case: Case, implementation: str, dtype: torch.dtype, **options: Any) -> tuple[PolicyLoss, torch.Tensor]:

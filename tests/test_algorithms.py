@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrpo.algorithms import advantages, fill_unjudged, gdpo_advantages, group_advantages
+from mrpo.algorithms import advantages, fill_unjudged, gdpo_advantages, group_advantages, telescoped_credits
 from mrpo.config import AdvantageConfig, Config, RewardConfig
 
 NAN = float("nan")
@@ -126,3 +126,39 @@ def test_gdpo_scores_the_judged_as_if_the_unjudged_were_absent() -> None:
     actual = gdpo_advantages(process[None], tensor([1.0]))
     scores = [*standardized([0.0, 1.0, 0.25]), 0.0]
     torch.testing.assert_close(actual.flatten(), tensor(standardized(scores * 2)))
+
+
+def test_telescoped_credits_by_hand() -> None:
+    """All four start alike; two fail at the first step, and one of the others at the second."""
+    histories = [(True, True), (True, False), (False, True), (False, False)]
+    # Values: () 0, (T) 1, (F) -1, (T, T) 1.5, (T, F) 0.5, (F, T) -1.5, (F, F) -0.5.
+    expected = [[1.0, 0.5, 0.0], [1.0, -0.5, 0.0], [-1.0, -0.5, 0.0], [-1.0, 0.5, 0.0]]
+    assert telescoped_credits([1.5, 0.5, -1.5, -0.5], histories) == expected
+
+
+def test_steps_that_set_no_completion_apart_earn_nothing() -> None:
+    assert telescoped_credits([1.0, -1.0], [(False, True)] * 2) == [[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]]
+
+
+def test_a_chain_that_ends_earlier_shares_the_history_of_the_longer_one() -> None:
+    # Values: () 0, (T) 0, (T, F) -1: the end of the first earns what the second step of the other loses.
+    assert telescoped_credits([1.0, -1.0], [(True,), (True, False)]) == [[0.0, 1.0], [0.0, -1.0, 0.0]]
+
+
+def test_unjudged_completions_keep_their_advantage_and_change_no_value() -> None:
+    judged = telescoped_credits([1.0, -1.0], [(True,), (False,)])
+    assert telescoped_credits([1.0, 5.0, -1.0], [(True,), None, (False,)]) == [judged[0], [5.0], judged[1]]
+
+
+chains = st.lists(st.tuples(st.floats(-3, 3), st.lists(st.booleans(), max_size=5)), min_size=2, max_size=8)
+
+
+@given(group=chains)
+def test_telescoped_credits_add_up_and_average_to_zero_where_completions_part(group: list) -> None:
+    own, histories = [a for a, _ in group], [tuple(h) for _, h in group]
+    credits = telescoped_credits(own, histories)
+    for advantage, found in zip(own, credits, strict=True):
+        assert sum(found) == pytest.approx(advantage - fmean(own), abs=1e-9)
+    for history in {h[:k] for h in histories for k in range(len(h) + 1)}:
+        members = [i for i, h in enumerate(histories) if h[: len(history)] == history]
+        assert sum(credits[i][len(history)] for i in members) == pytest.approx(0.0, abs=1e-9)

@@ -32,7 +32,7 @@ def test_paper_settings(name: str) -> None:
     assert (config.optim.lr, config.loss.beta, config.advantage.tau) == (1e-6, 0.04, 0.6)
     assert (config.optim.steps, config.optim.epochs) == (None, 1.0)
     assert (config.deepspeed.zero_stage, config.model.dtype) == (3, "bfloat16")
-    assert config.model.gradient_checkpointing
+    assert config.update.checkpointing == "auto"
     assert config.data.max_image_pixels == 802_816
     assert config.judge.kind == "openai"
 

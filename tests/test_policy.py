@@ -13,7 +13,8 @@ from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.batching import Row, collate
 from mrpo.config import Config, LossConfig
 from mrpo.data.phantom import PhantomDataset
-from mrpo.policy import PolicyModule, deepspeed_config
+from mrpo.deepspeed_config import deepspeed_config, reference_config
+from mrpo.policy_module import PolicyModule
 
 LOSS = LossConfig(epsilon_low=0.1, epsilon_high=0.3, beta=0.05)
 
@@ -79,7 +80,7 @@ def test_loss_and_gradient_equal_full_logits_in_fp64(config: Config, processor: 
     expected = reference_loss(exact, rows, processor)
     expected.backward()
 
-    module = PolicyModule(model, LOSS, temperature=1.0)
+    module = PolicyModule(model, processor.family, LOSS, temperature=1.0)
     loss, _, clipped, *_ = module(collate(rows, processor, torch.device("cpu"), torch.float32))
     loss.backward()
 
@@ -96,7 +97,7 @@ def test_micro_batches_add_up(config: Config, processor: Processor) -> None:
     rows = make_rows(processor, seed=5)
     gradients = []
     for size in (6, 4, 1):
-        module = PolicyModule(load_model(config.model), LOSS, temperature=1.0)
+        module = PolicyModule(load_model(config.model), processor.family, LOSS, temperature=1.0)
         for i in range(0, len(rows), size):
             module(collate(rows[i : i + size], processor, torch.device("cpu"), torch.float32))[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
@@ -122,3 +123,12 @@ def test_deepspeed_config_follows_the_typed_one_and_takes_extras() -> None:
     assert made["gradient_clipping"] == 0.5
     assert made["train_micro_batch_size_per_gpu"] == 3
     assert made["wall_clock_breakdown"] is True
+
+
+def test_the_reference_has_no_optimizer_and_may_live_in_host_memory() -> None:
+    config = Config.model_validate(
+        {"loss": {"reference_offload": True}, "deepspeed": {"zero_stage": 3, "offload_optimizer": True}}
+    )
+    made = reference_config(config)
+    assert made["zero_optimization"] == {"stage": 3, "offload_param": {"device": "cpu"}}
+    assert "gradient_clipping" not in made

@@ -147,7 +147,7 @@ def test_bfloat16_with_offloaded_optimizer_trains(tiny_policy: Path, tmp_path: P
         f"model.path={tiny_policy}",
         f"output_dir={tmp_path / 'run'}",
         "model.dtype=bfloat16",
-        "model.gradient_checkpointing=true",
+        "update.checkpointing=all",
         "model.freeze_vision=true",
         "deepspeed.zero_stage=2",
         "deepspeed.offload_optimizer=true",

@@ -14,7 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mrpo.kernels.prefix_attention import AttentionName, choose_attention, flex_prefix_attention
+from mrpo.kernels.prefix_attention import (
+    AttentionName,
+    GroupMasks,
+    choose_attention,
+    flex_prefix_attention,
+    sdpa_prefix_attention,
+)
 from mrpo.kernels.prefix_flash import FlashSpans, flash_prefix_attention
 from mrpo.kernels.prefix_layout import PrefixLayout
 
@@ -27,11 +33,13 @@ def prefix_arguments(layout: PrefixLayout, implementation: AttentionName | None 
     transformers builds no mask of its own where a four-dimensional one is given, even if it is an empty stand-in.
     """
     name = implementation or choose_attention(layout.device)
-    if name == "sdpa":
-        return {"attention_mask": layout.mask[None, None], "prefix_attention": name}
     if name == "flex":
         return {"attention_mask": layout.block_mask(), "prefix_attention": name}
+    if name == "sdpa" and layout.device.type != "cpu":
+        return {"attention_mask": layout.mask[None, None], "prefix_attention": name}
     stand_in = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=layout.device)
+    if name == "sdpa":  # a loop over groups, which a compiler would unroll anew for every row
+        return {"attention_mask": stand_in, "prefix_attention": name, "prefix_masks": layout.group_masks}
     return {"attention_mask": stand_in, "prefix_attention": name, "prefix_spans": layout.flash_spans}
 
 
@@ -48,6 +56,7 @@ def attention(
     attention_mask: Any,
     prefix_attention: AttentionName | None = None,
     prefix_spans: FlashSpans | None = None,
+    prefix_masks: GroupMasks | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function as transformers wants it: q (B, Hq, L, D), k and v (B, Hkv, L, D) -> (B, L, Hq, D).
@@ -57,10 +66,12 @@ def attention(
     """
     if prefix_attention is not None and (kwargs.get("dropout") or kwargs.get("sliding_window") is not None):
         raise ValueError("packed rows know neither attention dropout nor sliding windows: set update.packing=dense")
-    if prefix_attention is None or prefix_attention == "sdpa":
+    if prefix_attention is None or (prefix_attention == "sdpa" and prefix_masks is None):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    if prefix_spans is not None:
+    if prefix_masks is not None:
+        out = sdpa_prefix_attention(query, key, value, prefix_masks, scale)
+    elif prefix_spans is not None:
         out = flash_prefix_attention(query, key, value, prefix_spans, scale)
     else:
         out = flex_prefix_attention(query, key, value, attention_mask, scale)

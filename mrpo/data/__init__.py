@@ -74,8 +74,11 @@ def _phantom(config: DataConfig, split: Split) -> Sequence[Example]:
 
     if split == "train":
         size = config.train_size or PHANTOM_TRAIN_SIZE
-        return PhantomDataset(split, size=size, seed=config.seed, corruption=config.corruption)
-    return PhantomDataset(split, size=config.eval_size or PHANTOM_EVAL_SIZE, seed=config.seed)
+        return PhantomDataset(
+            split, size=size, seed=config.seed, corruption=config.corruption, look=config.phantom_look
+        )
+    size = config.eval_size or PHANTOM_EVAL_SIZE
+    return PhantomDataset(split, size=size, seed=config.seed, look=config.phantom_look)
 
 
 def _published(config: DataConfig, split: Split) -> tuple[Example, ...]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from mrpo.backbones import Processor, batch_images, to_device
 from mrpo.records import Completion, EncodedPrompt
-from mrpo.rollout import SamplingParams
+from mrpo.rollout import OnDone, SamplingParams, Weights
 
 
 class HFEngine:
@@ -42,17 +43,31 @@ class HFEngine:
         # A sampled placeholder would claim an image that is not there, which the model's forward refuses.
         self._never = list(processor.placeholder_ids)
 
-    def generate(self, prompts: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, on_done: OnDone | None = None
+    ) -> list[list[Completion]]:
         per_batch = max(1, self._batch_size // params.num_completions)
         groups: list[list[Completion]] = []
         with self._weights(), _inference(self._model):
             for start in range(0, len(prompts), per_batch):
-                stop = start + per_batch
-                groups += self._generate_batch(prompts[start:stop], params, params.seeds[start:stop])
+                batch, seeds = (items[start : start + per_batch] for items in (prompts, params.seeds))
+                groups += self._generate_batch(batch, params, seeds, on_done and partial(_shifted, on_done, start))
         return groups
 
+    def sync(self, weights: Weights) -> None:
+        """Nothing to do: this engine generates with the trained model."""
+
+    def sleep(self) -> None:
+        """Nothing to give back: the key-value cache lives as long as a batch."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to end: the model belongs to the caller."""
+
     def _generate_batch(
-        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seeds: Sequence[int]
+        self, prompts: Sequence[EncodedPrompt], params: SamplingParams, seeds: Sequence[int], on_done: OnDone | None
     ) -> list[list[Completion]]:
         model, tokenizer = self._model, self._processor.tokenizer
         pad = tokenizer.pad_token_id
@@ -64,9 +79,11 @@ class HFEngine:
         inputs |= self._processor.family.forward_inputs(types)
         sampled = params.temperature > 0
         draw = [_ExactSampler(params.temperature, seeds, params.num_completions, model.device)] if sampled else []
+        watch = [_Watch(length, params, self._eos_ids, self._completion, on_done)] if on_done else []
         sequences = model.generate(
             **to_device(inputs, model.device, model.dtype),
             logits_processor=LogitsProcessorList(draw),
+            stopping_criteria=StoppingCriteriaList(watch),
             generation_config=GenerationConfig(
                 max_new_tokens=params.max_tokens,
                 do_sample=sampled,
@@ -90,6 +107,39 @@ class HFEngine:
         end = next((i for i, token in enumerate(row) if token in self._eos_ids), None)
         token_ids = tuple(row if end is None else row[: end + 1])
         return Completion(token_ids, self._processor.decode(token_ids), "length" if end is None else "stop")
+
+
+class _Watch(StoppingCriteria):
+    """Stops nothing; tells of each completion as soon as its last token is there."""
+
+    def __init__(
+        self,
+        prompt_length: int,
+        params: SamplingParams,
+        eos_ids: Sequence[int],
+        completion: Callable[[list[int]], Completion],
+        on_done: OnDone,
+    ) -> None:
+        self._start = prompt_length
+        self._params = params
+        self._eos_ids = frozenset(eos_ids)
+        self._completion = completion
+        self._on_done = on_done
+        self._told: set[int] = set()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        at_limit = input_ids.shape[1] - self._start == self._params.max_tokens
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if row not in self._told and (at_limit or token in self._eos_ids):
+                self._told.add(row)
+                completion = self._completion(input_ids[row, self._start :].tolist())
+                self._on_done(*divmod(row, self._params.num_completions), completion)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+def _shifted(on_done: OnDone, first: int, prompt: int, index: int, completion: Completion) -> None:
+    """`on_done` for a batch whose first prompt is the caller's prompt number `first`."""
+    on_done(first + prompt, index, completion)
 
 
 class _ExactSampler(LogitsProcessor):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -45,6 +46,41 @@ def test_examples_are_fixed_by_seed_split_and_index():
         assert one.metadata == two.metadata
         assert (pixels(one) == pixels(two)).all()
     assert [e.metadata["scene"] for e in a] != [e.metadata["scene"] for e in PhantomDataset("train", size=20, seed=4)]
+
+
+def test_plain_pictures_are_those_that_shipped_policies_know():
+    digest = hashlib.sha256()
+    for split in ("train", "validation", "test"):
+        for example in PhantomDataset(split, size=100):
+            digest.update(example.id.encode() + pixels(example)[..., 0].tobytes() + example.rationale.encode())
+    assert digest.hexdigest() == "ac24c3018fd4f600fc84de306a33bb8b6ea73fe30f0161c59ff2b7455664ac4e"
+
+
+@pytest.mark.parametrize("look", ["hard", "shifted"])
+def test_a_look_changes_the_pictures_and_nothing_else(look):
+    plain, other = (PhantomDataset("test", size=50, look=name) for name in ("plain", look))
+    for one, two in zip(plain, other, strict=True):
+        assert (one.id, one.question, one.answer, one.rationale) == (two.id, two.question, two.answer, two.rationale)
+        assert one.metadata == two.metadata
+        assert (pixels(one) != pixels(two)).any()
+    again = PhantomDataset("test", size=50, look=look)
+    assert all((pixels(one) == pixels(two)).all() for one, two in zip(other, again, strict=True))
+
+
+def lesion_contrast(look):
+    """How far lesions stand out of their organ, in gray levels, where the plain pictures show them to be."""
+    faint = []
+    for plain, other in zip(*(PhantomDataset("test", size=100, look=name) for name in ("plain", look)), strict=True):
+        gray = pixels(plain)[..., 0]
+        bright = plain.metadata["scene"]["tone"] == "bright"
+        lesions = gray == 255 if bright and plain.metadata["scene"]["modality"] == "ultrasound" else None
+        if lesions is not None and lesions.sum() >= 12:
+            faint.append(pixels(other)[..., 0][lesions].mean())
+    return np.mean(faint)
+
+
+def test_hard_pictures_have_fainter_lesions():
+    assert lesion_contrast("hard") < lesion_contrast("plain") - 40
 
 
 def test_no_image_and_no_scene_stands_in_two_splits():
@@ -192,6 +228,7 @@ def test_it_is_a_sequence():
         ({"split": "dev", "size": 1}, "train, validation, test"),
         ({"split": "train", "size": -1}, "-1"),
         ({"split": "train", "size": 1, "corruption": 1.5}, "1.5"),
+        ({"split": "train", "size": 1, "look": "blurred"}, "plain, hard, shifted"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,49 @@ def test_without_triton_the_reference_runs_on_a_gpu(monkeypatch: pytest.MonkeyPa
     dispatch._warn.cache_clear()
     with pytest.warns(RuntimeWarning, match="triton is not installed"):
         assert dispatch.implementation_of("policy_loss", torch.device("cuda"), torch.bfloat16) == "reference"
+
+
+def machine_with(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architectures: tuple[str, ...]) -> None:
+    """A GPU and a compiled module, as far as the table looks."""
+    monkeypatch.setattr(dispatch, "extension", lambda: SimpleNamespace(cuda_architectures=architectures))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((8, 0), ("sm_80", "sm_90a"), "triton"),
+        ((9, 0), ("sm_80", "sm_90a"), "cuda"),
+        ((12, 0), ("sm_80", "sm_90a"), "cuda"),
+        ((9, 0), (), "triton"),
+    ],
+)
+def test_the_cuda_kernel_is_preferred_where_there_are_clusters(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architectures: tuple[str, ...], expected: str
+) -> None:
+    machine_with(monkeypatch, capability, architectures)
+    with warnings.catch_warnings(), dispatch.forbid_fallback():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert dispatch.implementation_of("policy_loss", torch.device("cuda", 0), dtype) == expected
+    with dispatch.use("triton"):
+        assert dispatch.implementation_of("policy_loss", torch.device("cuda", 0), torch.bfloat16) == "triton"
+
+
+def test_the_cuda_kernel_can_be_forced_on_older_gpus_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    machine_with(monkeypatch, (8, 0), ("sm_80",))
+    with dispatch.use("cuda"):
+        assert dispatch.implementation_of("policy_loss", device, torch.bfloat16) == "cuda"
+        assert dispatch.implementation_of("step_advantages", device, torch.float32) == "triton"
+        with pytest.raises(RuntimeError, match=r"'cuda' does not serve torch\.float64 on cuda"):
+            dispatch.implementation_of("policy_loss", device, torch.float64)
+        with pytest.raises(RuntimeError, match=r"'cuda' does not serve torch\.float32 on cpu"):
+            dispatch.implementation_of("policy_loss", CPU, torch.float32)
+    machine_with(monkeypatch, (9, 0), ())
+    with dispatch.use("cuda"), pytest.raises(RuntimeError, match="no CUDA part"):
+        dispatch.implementation_of("policy_loss", device, torch.bfloat16)
 
 
 def test_values_on_a_device_are_checked_only_on_request() -> None:

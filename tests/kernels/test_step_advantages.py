@@ -14,6 +14,7 @@ from mrpo.kernels.dispatch import use
 
 every_implementation = pytest.mark.parametrize("implementation", ["reference", TRITON])
 
+PENALTIES = ("exponential", "linear", "none", "reversed")
 STEP_IDS = [-1, 0, 0, 1, 2, 3, -1]  # four steps, a tag before and the answer after them
 
 
@@ -65,7 +66,7 @@ def test_unjudged_completion_keeps_the_advantage_at_every_token(implementation: 
     assert shape(-1.5, [], STEP_IDS, num_steps=0, implementation=implementation) == [-1.5] * 7
 
 
-@pytest.mark.parametrize("penalty", ["exponential", "linear", "none"])
+@pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_single_invalid_step_has_weight_one(penalty: str) -> None:
     assert shape(0.5, [False], [-1, 0, 0], num_steps=1, penalty=penalty) == [0.5, -0.5, -0.5]
 
@@ -87,6 +88,12 @@ def test_linear_and_equal_penalties() -> None:
     linear = shape(3.0, [False] * 4, STEP_IDS, num_steps=4, penalty="linear")
     assert linear == pytest.approx([3.0, -6.0, -6.0, -5.0, -4.0, -3.0, 3.0])
     assert shape(3.0, [False] * 4, STEP_IDS, num_steps=4, penalty="none") == [3.0, -3, -3, -3, -3, -3, 3.0]
+
+
+@every_implementation
+def test_reversed_penalty_runs_from_one_to_e(implementation: str) -> None:
+    shaped = shape(-1.0, [False] * 3, [0, 1, 2], num_steps=3, implementation=implementation, penalty="reversed")
+    assert shaped == pytest.approx([-1.0, -math.sqrt(math.e), -math.e], rel=1e-14)
 
 
 @every_implementation
@@ -150,7 +157,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "step_ids": rows(st.integers(-1, 7), tokens),
         "step_valid": rows(st.booleans(), max_steps),
         "num_steps": [draw(st.integers(0, max_steps)) for _ in range(batch)],
-        "penalty": draw(st.sampled_from(["exponential", "linear", "none"])),
+        "penalty": draw(st.sampled_from(PENALTIES)),
         "round_weights": draw(st.booleans()),
     }
 
@@ -168,7 +175,9 @@ def formula(batch: dict[str, Any]) -> list[list[float]]:
             else:
                 k = step_id + 1
                 late = 1.0 if steps == 1 else (k - 1) / (steps - 1)
-                weight = {"exponential": math.exp(1 - late), "linear": 2 - late, "none": 1.0}[batch["penalty"]]
+                soon = 1.0 if steps == 1 else (steps - k) / (steps - 1)
+                weights = {"exponential": math.exp(1 - late), "linear": 2 - late, "none": 1.0}
+                weight = {**weights, "reversed": math.exp(1 - soon)}[batch["penalty"]]
                 row.append(-(round(weight, 2) if batch["round_weights"] else weight) * abs(advantage))
         shaped.append(row)
     return shaped

@@ -15,10 +15,10 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mrpo.kernels import policy_loss_triton, step_advantages_triton
+from mrpo.kernels import policy_loss_triton, prefix_join_triton, step_advantages_triton
 
 INTEGERS = {"logits_stride", "dlogits_stride", "vocab", "num_segments", "count", "tokens_per_completion", "max_steps",
-            "stride", "width", "blocks_per_row", "blocks"}
+            "stride", "width", "blocks_per_row", "blocks", "length", "heads", "head_dim"}
 
 def compile(kernel, capability, constants, dtype="bf16", **types):
     signature, aligned = {}, {}
@@ -55,6 +55,11 @@ for dtype, penalty, absent in (("bf16", "exponential", "weights"), ("fp64", "lin
                                ("fp32", "table", "completions")):
     constants = {"PENALTY": penalty, "ROUND": True, "BLOCK": 512, absent: None}
     compile(step_advantages_triton._shape_kernel, 90, constants, advantages="*" + dtype, out="*" + dtype, **shaping)
+lses = {"own_lse": "*fp32", "prefix_lse": "*fp32", "has_prefix": "*i1"}
+for heads, head_dim in ((32, 128), (4, 64)):
+    ptx = compile(prefix_join_triton._join_kernel, 90, {"HEADS": heads, "HEAD_DIM": head_dim}, own="*bf16",
+                  prefix="*bf16", **lses)
+    assert "ld.local" not in ptx and "st.local" not in ptx, "registers must not spill"
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.batching import Row, collate
 from mrpo.config import Config
 from mrpo.data.phantom import PhantomDataset
-from mrpo.records import EncodedPrompt
+from mrpo.records import Completion, EncodedPrompt
 from mrpo.rollout import SamplingParams
 from mrpo.rollout.hf import HFEngine
 
@@ -106,3 +107,32 @@ def test_training_mode_is_restored(engine: HFEngine, prompts: list[EncodedPrompt
     engine.generate(prompts[:1], SamplingParams(1, 2, 0.0))
     assert engine._model.training
     assert torch.is_grad_enabled()
+
+
+def test_each_completion_is_told_of_as_it_ends(engine: HFEngine, prompts: list[EncodedPrompt]) -> None:
+    told: list[tuple[int, int, Completion]] = []
+    small = HFEngine(engine._model, engine._processor, batch_size=64, weights=nullcontext)  # two prompts at once
+    params = SamplingParams(32, 40, 1.0, seeds=(5, 6, 7))
+    groups = small.generate(prompts, params, lambda *what: told.append(what))
+    assert sorted(told, key=lambda what: what[:2]) == [
+        (i, j, completion) for i, group in enumerate(groups) for j, completion in enumerate(group)
+    ]
+    # Within a batch the shortest comes first; they differ in length, so their order is not that of the prompts.
+    for batch in ({0, 1}, {2}):
+        lengths = [len(completion.token_ids) for i, _, completion in told if i in batch]
+        assert lengths == sorted(lengths)
+        assert lengths[0] < lengths[-1]
+    assert groups == small.generate(prompts, params)
+
+
+def test_the_engine_is_the_model_itself(engine: HFEngine, prompts: list[EncodedPrompt]) -> None:
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        raise AssertionError("there is nothing to copy")
+
+    before = engine.generate(prompts[:1], SamplingParams(1, 3, 0.0))
+    engine.sync(weights)
+    engine.sleep()
+    engine.wake()
+    assert engine.generate(prompts[:1], SamplingParams(1, 3, 0.0)) == before
+    assert before[0][0].logprobs is None
+    engine.close()

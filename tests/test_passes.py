@@ -1,0 +1,206 @@
+"""Passes of rows on several processes, which are threads here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from grouped_rows import MIXED, GroupPlan, make_groups
+from tiny_models import build_tiny_model
+
+from mrpo.backbones import Processor, load_processor
+from mrpo.batching import Row
+from mrpo.config import Config
+from mrpo.packing import CostModel
+from mrpo.passes import Pass, Planner
+
+CPU = torch.device("cpu")
+COST = CostModel(token=1000.0, pair=1.0)
+TEXT = GroupPlan(images=(), words=4, completions=2)
+
+
+@dataclass
+class Meeting:
+    """Where threads exchange objects, as processes do."""
+
+    size: int
+    items: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.items = [None] * self.size
+        self.barrier = threading.Barrier(self.size, timeout=30)
+
+    def gather(self, rank: int, item: Any) -> list[Any]:
+        self.items[rank] = item
+        self.barrier.wait()
+        found = list(self.items)
+        self.barrier.wait()
+        return found
+
+
+@dataclass
+class ThreadRuntime:
+    rank: int
+    meeting: Meeting
+    device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        return self.meeting.size
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        return self.meeting.gather(self.rank, item)
+
+    def exchange(self, outgoing: Sequence[Any]) -> list[Any]:
+        return [sent[self.rank] for sent in self.gather_objects(list(outgoing))]
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    folder = build_tiny_model("qwen3_vl", tmp_path_factory.mktemp("qwen3_vl"))
+    return load_processor(Config.model_validate({"model": {"path": str(folder)}}))
+
+
+def plan(
+    processor: Processor, shares: Sequence[Sequence[Row]], *, move: bool = True, **options: Any
+) -> list[tuple[Planner, list[Pass]]]:
+    """The passes of each process that brings one of `shares`."""
+    micro_batch = options.pop("micro_batch_size", 4)
+    config = Config.model_validate(
+        {"update": {"token_budget": 200} | options, "optim": {"micro_batch_size": micro_batch}}
+    )
+    meeting = Meeting(len(shares))
+
+    def one(rank: int) -> tuple[Planner, list[Pass]]:
+        planner = Planner(config, processor, ThreadRuntime(rank, meeting, CPU), COST)  # type: ignore[arg-type]
+        return planner, planner.plan(shares[rank], move=move)
+
+    with ThreadPoolExecutor(len(shares)) as threads:
+        return list(threads.map(one, range(len(shares))))
+
+
+def flat(groups: Sequence[Sequence[Row]]) -> list[Row]:
+    return [row for group in groups for row in group]
+
+
+def real(passes: Sequence[Pass]) -> list[Row]:
+    return [row for passed in passes for row in passed.rows if len(row.prompt.input_ids) > 2]
+
+
+@pytest.mark.parametrize("packing", ["shared_prefix", "dense"])
+def test_places_lead_back_to_the_rows(processor: Processor, packing: str) -> None:
+    rows = flat(make_groups(processor))
+    [(_, passes)] = plan(processor, [rows], packing=packing)
+    placed = {place: row for passed in passes for place, row in zip(passed.places, passed.rows, strict=True)}
+    assert sorted(placed) == list(range(len(rows)))
+    assert all(placed[i] is row for i, row in enumerate(rows))
+    assert all(passed.packed == (packing == "shared_prefix") for passed in passes)
+
+
+def test_equal_prompts_are_shared_and_different_images_are_not(processor: Processor) -> None:
+    [first], [again] = (make_groups(processor, [replace(MIXED[0], completions=1), TEXT])[:1] for _ in range(2))
+    other = make_groups(processor, [TEXT, replace(MIXED[0], completions=1)])[1]  # other pixels, the same question
+    other = [replace(other[0], prompt=replace(other[0].prompt, input_ids=first[0].prompt.input_ids))]
+    [(_, [passed])] = plan(processor, [[first[0], again[0], other[0]]], packing="shared_prefix", token_budget=1000)
+    prompts = {id(row.prompt) for row in passed.rows}
+    assert len(prompts) == 2
+    assert passed.tokens == 2 * len(first[0].prompt.input_ids) + sum(len(r.token_ids) for r in passed.rows)
+
+
+def test_rows_move_to_an_idle_process_with_their_tensors(processor: Processor) -> None:
+    groups = make_groups(processor, [replace(MIXED[0], completions=2)] * 4)
+    (_, mine), (_, moved) = plan(processor, [flat(groups), []], packing="shared_prefix")
+    assert len(real(moved)) == len(real(mine)) == 4
+    known = {row.token_ids + tuple(row.prompt.input_ids.tolist()): row for row in flat(groups)}
+    for row in real(moved):
+        original = known[row.token_ids + tuple(row.prompt.input_ids.tolist())]
+        torch.testing.assert_close(row.advantages, original.advantages)
+        torch.testing.assert_close(row.prompt.images["pixel_values"], original.prompt.images["pixel_values"])
+    assert all(place == -1 for passed in moved for place in passed.places)
+    # Sharing a prompt survives the way.
+    assert all(len({id(row.prompt) for row in passed.rows}) <= 2 for passed in moved)
+
+
+def test_nothing_moves_for_log_probabilities(processor: Processor) -> None:
+    rows = flat(make_groups(processor, [MIXED[0], TEXT]))
+    (_, mine), (_, idle) = plan(processor, [rows, []], move=False, packing="shared_prefix")
+    assert len(real(mine)) == len(rows)
+    assert not real(idle)
+    assert len(mine) == len(idle)
+
+
+@pytest.mark.parametrize("packing", ["shared_prefix", "dense"])
+def test_where_one_process_has_images_every_pass_of_all_has_one(processor: Processor, packing: str) -> None:
+    images, text = make_groups(processor, [MIXED[0], TEXT])
+    text = [replace(row, old_logprobs=torch.zeros(len(row.token_ids))) for row in text]
+    (_, mine), (_, other) = plan(processor, [images, text], move=False, packing=packing)
+    assert len(mine) == len(other)
+    for passed in (*mine, *other):
+        assert any(row.prompt.images for row in passed.rows)
+    blanks = [row for passed in other for row in passed.rows if len(row.prompt.input_ids) <= 2]
+    assert len(blanks) == len(other)
+    for blank in blanks:
+        assert blank.weights.tolist() == blank.advantages.tolist() == [0.0]
+    assert blanks[0].old_logprobs is not None
+
+
+def test_no_image_is_invented_where_nobody_has_one(processor: Processor) -> None:
+    found = plan(processor, [flat(make_groups(processor, [TEXT, TEXT])), []], move=False, packing="shared_prefix")
+    assert not any(row.prompt.images for _, passes in found for passed in passes for row in passed.rows)
+    assert all(passed.rows for _, passes in found for passed in passes)
+
+
+def test_rows_without_tokens_are_in_no_pass(processor: Processor) -> None:
+    row = make_groups(processor, [TEXT, TEXT])[0][0]
+    empty = Row(row.prompt, (), torch.zeros(0), torch.zeros(0))
+    [(_, passes)] = plan(processor, [[empty, row]], packing="shared_prefix")
+    assert [passed.places for passed in passes] == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("plans", "choice"),
+    [
+        ([MIXED[0], MIXED[2]], "shared_prefix"),
+        # Nothing is shared, and the dense form has nothing to pad.
+        ([replace(TEXT, completions=1)] * 2, "dense"),
+    ],
+)
+def test_auto_chooses_the_cheaper_form_and_says_so_once(
+    processor: Processor, plans: list[GroupPlan], choice: str
+) -> None:
+    rows = flat(make_groups(processor, plans))
+    rows = [replace(row, token_ids=row.token_ids[:1] * 6, weights=torch.ones(6)) for row in rows]
+    planner = Planner(Config(), processor, ThreadRuntime(0, Meeting(1), CPU), replace(COST, tile=128))  # type: ignore[arg-type]
+    assert all(passed.packed == (choice == "shared_prefix") for passed in planner.plan(rows))
+    planner.plan(rows)
+    [message] = planner.messages
+    assert message.startswith(f"update.packing=auto: {choice}")
+
+
+@pytest.mark.parametrize("packing", ["shared_prefix", "dense"])
+def test_halves_hold_the_same_rows_and_later_passes_are_smaller(processor: Processor, packing: str) -> None:
+    rows = make_groups(processor)[0]
+    [(planner, [passed])] = plan(processor, [rows], packing=packing, token_budget=1000, micro_batch_size=8)
+    halves = passed.halves()
+    assert halves is not None
+    assert sorted(i for half in halves for i in half.places) == sorted(passed.places)
+    assert all(half.packed == passed.packed and half.rows for half in halves)
+    assert halves[0]._part([0]).halves() is None
+
+    planner.shrink(halves)
+    later = planner.plan(rows)
+    assert len(later) == 2
+    assert max(part.tokens for part in later) < passed.tokens
+
+
+def test_halves_of_several_groups_keep_each_group_together(processor: Processor) -> None:
+    rows = flat(make_groups(processor))
+    [(_, [passed])] = plan(processor, [rows], packing="shared_prefix", token_budget=10_000)
+    halves = passed.halves()
+    assert halves is not None
+    assert sum(half.tokens for half in halves) == passed.tokens
