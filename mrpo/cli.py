@@ -13,7 +13,7 @@ from mrpo.commands.parser import CommandParser
 from mrpo.errors import UserError
 
 # Modules of mrpo.commands, in the order of a project's work.
-COMMANDS = ("doctor", "data", "config", "train", "infer", "eval", "report", "warm_start", "completion")
+COMMANDS = ("doctor", "data", "config", "train", "serve", "infer", "eval", "report", "warm_start", "completion")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT

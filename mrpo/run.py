@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.checkpoint import CheckpointStore
 from mrpo.config import JUDGE_TRANSPORT, Config
 from mrpo.data import load_dataset
-from mrpo.data.order import steps_for
+from mrpo.data.order import batch_indices, steps_for
 from mrpo.errors import UserError
 from mrpo.evaluated import read_evaluated, write_evaluated
 from mrpo.evaluation import Evaluation, evaluate, validation_metrics
@@ -29,6 +30,7 @@ from mrpo.report import draw_curves, draw_failures, draw_timeline
 from mrpo.report.sample import render_sample
 from mrpo.report.table import before_after_table
 from mrpo.rollout import make_engine
+from mrpo.rollout.prompts import check_prompt_lengths
 from mrpo.runtime import Runtime
 from mrpo.scoring import Scorer
 from mrpo.settings import load_config, to_yaml
@@ -36,6 +38,7 @@ from mrpo.telemetry import RunLog, require_packages
 from mrpo.trainer import Trainer
 
 VERDICTS = "judge"  # folder in output_dir
+ALONE_AFTER = 10.0  # seconds
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # Fields that may change when a run is continued: they do not touch what it computes.
@@ -54,6 +57,7 @@ class Inputs:
     train_set: Sequence[Example]
     eval_set: Sequence[Example]
     validation_set: Sequence[Example]
+    max_images: int  # in a prompt
     total_steps: int
 
 
@@ -67,8 +71,11 @@ def main(arguments: Sequence[str]) -> None:
         runtime = Runtime.start(config.seed)
         status = train(config, inputs, runtime, resume=options.resume, overwrite=options.overwrite)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # What every process meets is told by the main one, and the launcher then ends the others; one that lives on
+        # has met something of its own.
+        rank = int(os.environ.get("RANK", "0"))
+        time.sleep(ALONE_AFTER if rank else 0.0)
+        print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         # Other processes may wait in a collective; the launcher ends them when this one is gone.
         os._exit(EXIT_USER_ERROR)
     runtime.finish(status)
@@ -116,7 +123,11 @@ def load_inputs(config: Config) -> Inputs:
     for example in (train_set[0], eval_set[0]):
         processor.encode_prompt(example)
     steps = config.optim.steps or steps_for(len(train_set), prompts_per_step, config.optim.epochs)
-    return Inputs(processor, judge, train_set, eval_set, validation_set, steps)
+    trained = [i for step in range(steps) for i in batch_indices(len(train_set), prompts_per_step, step, config.seed)]
+    sizes = check_prompt_lengths(train_set, processor, trained)
+    for examples in (eval_set, validation_set):
+        sizes |= check_prompt_lengths(examples, processor)
+    return Inputs(processor, judge, train_set, eval_set, validation_set, sizes.max_images, steps)
 
 
 def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, overwrite: bool) -> int:
@@ -129,7 +140,7 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
     state = store.load_latest(policy.engine) if resume else None
     start_step = state.step if state else 0
     with (
-        closing(make_engine(config, processor, policy, runtime)) as engine,
+        closing(make_engine(config, processor, policy, runtime, max_images=inputs.max_images)) as engine,
         closing(Scorer(config, inputs.judge, processor.tokenizer, processor.think_tag)) as scorer,
         RunLog(
             config.output_dir,

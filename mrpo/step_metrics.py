@@ -9,9 +9,9 @@ import torch
 
 from mrpo.config import Config
 from mrpo.mismatch import mismatch_metrics
-from mrpo.policy import STAT_NAMES, UpdateStats
 from mrpo.runtime import Runtime
 from mrpo.scoring import PARTS, mean_reward, total_reward
+from mrpo.update_stats import STAT_NAMES, UpdateStats, work_metrics
 
 # metric: column of the score table
 _MEANS = {
@@ -51,4 +51,5 @@ def update_metrics(stats: UpdateStats, lr: float, runtime: Runtime) -> dict[str,
     metrics |= {"grad_norm": stats.grad_norm, "lr": lr}
     if torch.cuda.is_available():
         metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    metrics |= work_metrics(runtime.sum(stats.work), runtime.world_size)
     return metrics | mismatch_metrics(torch.cat(runtime.gather_objects(stats.mismatch)))

@@ -15,7 +15,7 @@ from mrpo.config import Config
 from mrpo.data.targets import sft_target
 from mrpo.errors import UserError
 from mrpo.judge.stats import merge_stats
-from mrpo.policy import NonFiniteLossError, Policy, UpdateStats
+from mrpo.policy import NonFiniteLossError, Policy
 from mrpo.records import Example, Group, ScoredCompletion, Unjudged
 from mrpo.rollout import RolloutEngine
 from mrpo.runtime import Runtime
@@ -28,6 +28,7 @@ from mrpo.shaping import token_advantages
 from mrpo.step_metrics import score_metrics, update_metrics
 from mrpo.stopwatch import Stopwatch
 from mrpo.telemetry import RunLog
+from mrpo.update_stats import UpdateStats
 
 
 @dataclass
@@ -108,7 +109,8 @@ class Trainer:
         rows = [Row(p, t, torch.ones(len(t)), w) for p, t, w in zip(prompts, targets, weights, strict=True)]
         lr = learning_rate(self.config.optim, step, self.total_steps)
         metrics = update_metrics(self._update(rows, lr, step), lr, self.runtime)
-        return {"loss": metrics["nll"], **{k: metrics[k] for k in ("grad_norm", "lr", "entropy")}}
+        del metrics["kl"], metrics["clip/low"], metrics["clip/high"]  # nothing is clipped, and there is no reference
+        return metrics | {"loss": metrics.pop("nll")}
 
     def _group_advantages(self, table: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B,) advantages of the global batch."""
@@ -127,6 +129,8 @@ class Trainer:
             with self._stopwatch.measure("update"):
                 for _ in range(self.config.loss.updates_per_rollout):
                     stats = self.policy.update(rows, lr)
+                    for message in stats.messages:
+                        self.log.message(message)
         except NonFiniteLossError as error:
             path = Path(self.config.output_dir) / f"nonfinite-step{step + 1}-rank{self.runtime.rank}.pt"
             torch.save([row.tensors() for row in error.rows], path)

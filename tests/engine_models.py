@@ -13,7 +13,7 @@ _INTERNVL_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<|video_pad|>",
+    "video_token": "<thinking>",  # never in a prompt; vLLM 0.24 takes it for a regular expression
 }
 
 

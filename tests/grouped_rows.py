@@ -33,8 +33,10 @@ MIXED = (
 WORDS = ["where", "is", "the", "left", "lung", "no", "effusion", "?", "heart"]
 
 
-def make_groups(processor: Processor, plans: Sequence[GroupPlan] = MIXED, *, seed: int = 0) -> list[list[Row]]:
-    """A list of rows for each plan. Completions are random tokens, 1 to 12 of them; weights differ from row to row.
+def make_groups(
+    processor: Processor, plans: Sequence[GroupPlan] = MIXED, *, longest: int = 12, seed: int = 0
+) -> list[list[Row]]:
+    """A list of rows for each plan. Completions are random tokens, 1 to `longest`; weights differ from row to row.
 
     One completion of the first group has advantage 0 and one of the second weight 0.
     """
@@ -48,7 +50,7 @@ def make_groups(processor: Processor, plans: Sequence[GroupPlan] = MIXED, *, see
         prompt = processor.encode_prompt(Example(f"{number}", images, question, "yes", None, "train"))
         rows = []
         for _ in range(plan.completions):
-            length = int(torch.randint(1, 13, (), generator=generator))
+            length = int(torch.randint(1, longest + 1, (), generator=generator))
             chosen = torch.randint(len(words), (length,), generator=generator)
             rows.append(
                 Row(
@@ -75,3 +77,12 @@ def with_old_and_reference(rows: Sequence[Row], logprobs: Sequence[torch.Tensor]
         replace(row, old_logprobs=near(values), ref_logprobs=near(values), sampler_logprobs=near(values))
         for row, values in zip(rows, logprobs, strict=True)
     ]
+
+
+@torch.no_grad()
+def randomize_adapters(model: torch.nn.Module) -> None:
+    """Adapters start at 0, where half of them has no gradient, and the reference is the policy."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(0.0, 0.1, generator=generator)

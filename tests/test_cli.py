@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -157,3 +158,14 @@ def test_train_runs_the_launcher_with_the_settings_in_order(monkeypatch: pytest.
 def test_train_leaves_the_number_of_processes_to_the_launcher() -> None:
     assert train_command(None, 29501, ["x=1"])[3:5] == ["--master_port", "29501"]
     assert "--num_gpus" not in train_command(None, None, [])
+
+
+def test_serve_prints_the_command_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["prompt.max_tokens=100", "rollout.max_tokens=20", "model.dtype=bfloat16"]
+    assert main(["serve", *settings, "--port", "8123", "--print"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:4] == ["VLLM_SERVER_DEV_MODE=1", "python", "-m", "vllm.entrypoints.openai.api_server"]
+    options = dict(zip(words[4::2], words[5::2], strict=True))
+    assert options["--max-model-len"] == "120"
+    assert options["--dtype"] == "bfloat16"
+    assert (options["--host"], options["--port"]) == ("127.0.0.1", "8123")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grouped_rows import make_groups, with_old_and_reference
+from grouped_rows import make_groups, randomize_adapters, with_old_and_reference
 from tiny_models import TINY_FAMILIES, build_tiny_model
 
 from mrpo.backbones import Processor, load_model, load_processor
@@ -20,6 +20,7 @@ from mrpo.policy_module import PolicyModule
 
 LOSS = LossConfig(epsilon_low=0.1, epsilon_high=0.3, beta=0.05, importance_cap=1.2)
 CPU = torch.device("cpu")
+LORA = {"lora_rank": 2, "lora_alpha": 4.0, "lora_vision": True}
 
 
 @pytest.fixture(scope="module", params=TINY_FAMILIES)
@@ -139,17 +140,16 @@ def test_equals_full_logits_in_fp64(folder: Path, processor: Processor, groups: 
         _assert_close(found, gradients)
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze_vision": True}, {"lora_rank": 2, "lora_vision": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"freeze_vision": True}, {"lora_rank": 2, "lora_alpha": 4.0, "lora_vision": True}], ids=str
+)
 def test_equals_the_dense_form(
     folder: Path, processor: Processor, groups: list[list[Row]], options: dict[str, Any]
 ) -> None:
     if "lora_rank" in options:
         pytest.importorskip("peft")
     model = load_model(_config(folder, **options).model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # which starts at 0, and then the other half has no gradient
-                parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    randomize_adapters(model)
     module = _module(model, processor)
     rows = [row for group in groups for row in group]
     loss, logprobs, gradients = _dense(module, processor, rows)

@@ -138,6 +138,8 @@ def test_processes_and_zero_stages_train_as_one(tiny_policy: Path, tmp_path: Pat
         assert before[name] == before["alone"]
         assert metrics[name][0].keys() == metrics["alone"][0].keys()
         for key, value in metrics["alone"][0].items():
+            if key.startswith("update/"):  # of each process
+                continue
             assert metrics[name][0][key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), (name, key)
         assert (tmp_path / name / "policy" / "model.safetensors").is_file()
 

@@ -50,7 +50,7 @@ class HFEngine:
         groups: list[list[Completion]] = []
         with self._weights(), _inference(self._model):
             for start in range(0, len(prompts), per_batch):
-                batch, seeds = (items[start : start + per_batch] for items in (prompts, params.seeds))
+                batch, seeds = prompts[start : start + per_batch], params.seeds[start : start + per_batch]
                 groups += self._generate_batch(batch, params, seeds, on_done and partial(_shifted, on_done, start))
         return groups
 

@@ -74,8 +74,9 @@ class VLLMEngine:
         **options: Any,
     ) -> None:
         require_vllm()
-        distributed = dist.is_initialized()
-        for name, value in (_ENVIRONMENT | (_CPU_RANK_ENVIRONMENT if distributed else {})).items():
+        # Else vLLM makes a process group of its own.
+        self._launched = dist.is_initialized()
+        for name, value in (_ENVIRONMENT | (_CPU_RANK_ENVIRONMENT if self._launched else {})).items():
             os.environ.setdefault(name, value)
         import vllm
 
@@ -109,7 +110,7 @@ class VLLMEngine:
             "mm_encoder_tp_mode": "data" if tensor_parallel > 1 else "weights",
             "seed": 0,
         }
-        if distributed:
+        if self._launched:
             arguments["distributed_executor_backend"] = "external_launcher"
         try:
             self.llm = vllm.LLM(**(arguments | options))
@@ -169,7 +170,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Frees the engine's memory; under a launcher only what `sleep` frees, and the rest when the process ends."""
-        if dist.is_initialized():
+        if self._launched:
             self.sleep()  # vLLM's own end would be that of the run's process group, too
             return
         self.llm.llm_engine.engine_core.shutdown()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformers import GenerationConfig
 
@@ -80,5 +80,5 @@ def make_completion(
     if finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a completion with {finish_reason!r}")
     ids = tuple(token_ids)
-    reason = "stop" if finish_reason == "stop" else "length"
+    reason: Literal["stop", "length"] = "stop" if finish_reason == "stop" else "length"
     return Completion(ids, processor.decode(ids), reason, None if logprobs is None else tuple(logprobs))

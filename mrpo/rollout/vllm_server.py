@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -37,7 +37,9 @@ from mrpo.rollout.vllm_request import (
     prompt_seeds,
     sampling_fields,
 )
-from mrpo.runtime import Runtime
+
+if TYPE_CHECKING:  # it loads DeepSpeed, which greets on stdout
+    from mrpo.runtime import Runtime
 
 BUCKET_BYTES = 1 << 28
 _TRIES = 4

@@ -214,7 +214,8 @@ def test_tables_and_figures_of_finished_runs(experiment, tmp_path: Path, monkeyp
     from results import Result
     from study.measuring import write_samples
 
-    monkeypatch.setattr(suite_study, "QUICK", experiment.plan)
+    monkeypatch.setitem(suite_study.PLANS, "quick", experiment.plan)
+    monkeypatch.setenv("MRPO_STUDY_DIR", str(tmp_path))
     rng = random.Random(0)
     jobs = [*experiment.base_jobs(), *experiment.method_jobs(same_rates())]
     jobs += experiment.ablation_jobs(same_rates())
@@ -226,8 +227,7 @@ def test_tables_and_figures_of_finished_runs(experiment, tmp_path: Path, monkeyp
         ]
         job.folder.mkdir(parents=True)
         write_samples(job.folder / "samples.json", {"test": samples, "shifted": samples})
-    settings = json.loads(json.dumps({"folder": str(tmp_path), "plan": suite_study.asdict(experiment.plan)}))
-    result = Result("study", settings)
+    result = Result("study", suite_study.cases(quick=True)[0].settings)
     ours, paper = suite_study.summary([result])
     assert [row[0] for row in ours.rows] == ["base", "SFT", "GRPO", "GDPO", "MRPO", "telescoped"]
     assert [row[0] for row in paper.rows] == ["base", "SFT", "GRPO", "GDPO", "MRPO"]

@@ -14,7 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grouped_rows import make_groups
+from grouped_rows import make_groups, randomize_adapters
 from tiny_models import TINY_FAMILIES
 
 from mrpo.backbones import load_model, load_processor
@@ -62,7 +62,7 @@ def together() -> Iterator[tuple[str, dict[str, Any]]]:
 def one_update(folder: Path, runtime: Runtime, setting: dict[str, Any]) -> dict[str, Any]:
     family, lora = setting.pop("family", "qwen3_vl"), setting.pop("lora", False)
     fails = setting.pop("fails", None)
-    config = make_config(folder / family, setting | ({"model.lora_rank": 2} if lora else {}))
+    config = make_config(folder / family, setting | ({"model.lora_rank": 2, "model.lora_alpha": 4.0} if lora else {}))
     model = load_model(config.model)
     randomize_adapters(model)
     policy = Policy(model, load_processor(config), config, runtime)
@@ -96,15 +96,6 @@ def make_config(folder: Path, fields: dict[str, Any]) -> Config:
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value
     return Config.model_validate(tree)
-
-
-@torch.no_grad()
-def randomize_adapters(model: torch.nn.Module) -> None:
-    """Adapters start at 0, where half of them has no gradient, and the reference is the policy."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.normal_(0.0, 0.1, generator=generator)
 
 
 def fail_once(policy: Policy, where: Failure) -> None:
