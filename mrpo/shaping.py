@@ -1,4 +1,4 @@
-"""From the advantage of a completion to those of its tokens: MRPO's shaping, or telescoped credit in its place."""
+"""From the advantage of a completion to those of its tokens: MRPO's shaping, telescoped credit, or both."""
 
 from __future__ import annotations
 
@@ -22,11 +22,24 @@ def token_advantages(
         scored: B completions, group by group.
         advantages: (B,) of the completions, compared within their groups.
     """
-    lengths = [len(item.completion.token_ids) for item in scored]
     if config.algorithm != "mrpo":
+        lengths = [len(item.completion.token_ids) for item in scored]
         return [value.expand(length) for value, length in zip(advantages.float(), lengths, strict=True)]
     if config.advantage.credit == "telescoped":
         return _telescoped(scored, advantages, config.rollout.group_size)
+    shaped = _shaped(config, scored, advantages)
+    if config.advantage.credit == "shaped":
+        return shaped
+    weight, added = config.advantage.telescoped_weight, _telescoped(scored, advantages, config.rollout.group_size)
+    return [
+        own + weight * more if isinstance(item.verdict, Verdict) else own
+        for item, own, more in zip(scored, shaped, added, strict=True)
+    ]
+
+
+def _shaped(config: Config, scored: Sequence[ScoredCompletion], advantages: torch.Tensor) -> list[torch.Tensor]:
+    """The paper's: tokens of a wrong answer are rewarded or punished by their step's verdict and place."""
+    lengths = [len(item.completion.token_ids) for item in scored]
     width, length = max(1, *(len(item.steps) for item in scored)), max(lengths)
     validity = [item.verdict.validity if isinstance(item.verdict, Verdict) else () for item in scored]
     shaped = step_advantages(

@@ -137,7 +137,6 @@ class Trainer:
             raise UserError(f"step {step + 1}: the loss is not finite; the step's inputs are in {path}") from error
         if self.config.algorithm != "sft":
             with self._stopwatch.measure("sync"):
-                self.engine.wake()
                 self.engine.sync(self.policy.weights)
         return stats
 

@@ -12,6 +12,7 @@ from mrpo.assessment.paired import compare
 from mrpo.assessment.questions import AVERAGE, ModelCompletions
 from mrpo.config import JUDGE_TRANSPORT, Config
 
+
 def settings_of(config: Config, resamples: int) -> dict[str, Any]:
     """All settings that an evaluation depends on."""
     return {

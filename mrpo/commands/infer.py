@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             "model": {"path": args.model, "dtype": sampling.dtype},
             "prompt": {"max_tokens": args.max_prompt_tokens},
             "data": {"max_image_pixels": args.max_image_pixels},
+            "rollout": {"engine": sampling.engine},
         }
     )
     processor = load_processor(config)

@@ -44,6 +44,8 @@ _ENVIRONMENT = {
 }
 # On a CPU, processes of one machine must not pin their threads to the same cores nor take half its memory each.
 _CPU_RANK_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# Engines of launched processes: vLLM ends the process group, which is the run's, with a collected engine.
+_KEPT: list[Any] = []
 
 
 class VLLMEngine:
@@ -171,7 +173,8 @@ class VLLMEngine:
     def close(self) -> None:
         """Frees the engine's memory; under a launcher only what `sleep` frees, and the rest when the process ends."""
         if self._launched:
-            self.sleep()  # vLLM's own end would be that of the run's process group, too
+            self.sleep()
+            _KEPT.append(self.llm)
             return
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
