@@ -3,7 +3,8 @@
 Same warm starts, same prompts in the same order, same number of steps; a learning rate for each method, found on
 validation questions with the same budget. Every arm is measured once, on test questions that nothing was chosen by.
 What the runs leave (answers to every question, with the judge's word on every step) is kept in runs/study or
-runs/study-quick, where a broken run goes on; MRPO_STUDY_DIR names another folder.
+runs/study-quick: a broken run goes on there, tables and figures are made from it, and removing it starts over.
+MRPO_STUDY_DIR names another folder.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import Measured
-from results import Case, Result
+from results import Case, Measured, Result
 from study.credit import EFFECTS, agreement
 from study.experiment import Experiment, stages
 from study.figures import draw_accumulation, draw_accuracy, draw_differences, draw_incorrect, draw_stages
@@ -30,10 +30,10 @@ from mrpo.report.page.paper import ACCURACY as PAPER_ACCURACY
 from mrpo.report.page.paper import CASCADE_BACKBONE, EARLIEST_FAR, STAGE_SHARES
 from mrpo.report.page.paper import METHODS as PAPER_METHODS
 
-SOURCES: tuple[str, ...] = ("benchmarks/study/plan.py", "benchmarks/study/experiment.py")
+SOURCES = ("benchmarks/study",)
 TARGETS = ()
 FULL = Plan(
-    warm_starts=3, seeds=2, ablation_seeds=1, steps=60, perceive=100, err=60, questions=1000, shifted_questions=1000,
+    warm_starts=3, seeds=3, ablation_seeds=1, steps=40, perceive=100, err=60, questions=1000, shifted_questions=1000,
     sampled=2, tuning_questions=500, rates=(5e-5, 1e-4, 2e-4), credit_prompts=96, continuations=8,
 )  # fmt: skip
 QUICK = Plan(
@@ -41,6 +41,7 @@ QUICK = Plan(
     sampled=1, tuning_questions=100, rates=(1e-4,),
     credit_prompts=8, continuations=4, ablations=ABLATIONS[1:3],
 )  # fmt: skip
+PLANS = {"full": FULL, "quick": QUICK}
 ARMS = (BASE, *(arm.name for arm in METHODS))
 # What the ablations are told apart by.
 _TOLD_APART = {"accuracy": "Accuracy", "early_of_all": "Early failures", "fully_valid": "Fully valid chains"}
@@ -51,10 +52,9 @@ def unfit() -> str | None:
 
 
 def cases(quick: bool) -> list[Case]:
-    folder = Path(os.environ.get("MRPO_STUDY_DIR", "runs/study-quick" if quick else "runs/study")).absolute()
-    experiment = Experiment(QUICK if quick else FULL, folder)
-    settings = {"folder": str(folder), "plan": asdict(experiment.plan)}
-    return [Case("study", settings, lambda skip: _measure(experiment))]
+    size = "quick" if quick else "full"
+    plan = {name: value for name, value in asdict(PLANS[size]).items() if isinstance(value, int)}
+    return [Case("study", {"size": size, **plan}, lambda skip: _measure(_experiment(size)))]
 
 
 def _measure(experiment: Experiment) -> list[Measured]:
@@ -75,35 +75,37 @@ def _report(job: Job, seconds: float) -> None:
 
 def figures(result: Result) -> dict[str, dict[str, float]]:
     """By arm, the estimates on test questions."""
-    experiment = _experiment(result)
+    experiment = _experiment(result.settings["size"])
     found = {arm: estimates(tabulate(experiment.samples(arm, "test"), METRICS)) for arm in _finished(experiment)}
     return {arm: {key: e.value for key, e in of.items() if e.value is not None} for arm, of in found.items()}
 
 
 def summary(results: Sequence[Result]) -> list[Table]:
     """The methods with their intervals, and the paper's numbers for the same quantities."""
-    return [table for result in results if not result.failure for table in _summary(_experiment(result))]
+    return [
+        table for result in results if not result.failure for table in _summary(_experiment(result.settings["size"]))
+    ]
 
 
 def details(results: Sequence[Result], machine: Mapping[str, Any]) -> list[Table]:
-    return [table for result in results if not result.failure for table in _details(_experiment(result))]
+    return [
+        table for result in results if not result.failure for table in _details(_experiment(result.settings["size"]))
+    ]
 
 
 def plots(results: Sequence[Result], out: Path) -> list[Path]:
-    return [path for result in results if not result.failure for path in _plots(_experiment(result), out)]
+    return [
+        path for result in results if not result.failure for path in _plots(_experiment(result.settings["size"]), out)
+    ]
 
 
-def _experiment(result: Result) -> Experiment:
-    """The experiment whose runs lie in the folder of the result: quick or full."""
-    plan = next(p for p in (QUICK, FULL) if _plain(asdict(p)) == _plain(result.settings["plan"]))
-    return Experiment(plan, Path(result.settings["folder"]))
+def _experiment(size: str) -> Experiment:
+    folder = os.environ.get("MRPO_STUDY_DIR", "runs/study-quick" if size == "quick" else "runs/study")
+    return Experiment(PLANS[size], Path(folder).absolute())
 
 
-def _plain(tree: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
-    if isinstance(tree, Mapping):
-        return {key: _plain(value) for key, value in tree.items()}
-    return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+def _experiments(results: Sequence[Result]) -> list[Experiment]:
+    return [_experiment(result.settings["size"]) for result in results if not result.failure]
 
 
 def _finished(experiment: Experiment, arms: Iterable[str] = ARMS) -> list[str]:
@@ -114,7 +116,7 @@ def _summary(experiment: Experiment) -> list[Table]:
     arms = _finished(experiment)
     test = {arm: estimates(tabulate(experiment.samples(arm, "test"), METRICS)) for arm in arms}
     shifted = {arm: estimates(tabulate(experiment.samples(arm, "shifted"), METRICS)) for arm in arms}
-    keys = ("valid_steps", "fully_valid", "early_of_all", "early_of_failures", "far", "far_bin1")
+    keys = ("valid_steps", "fully_valid", "early_of_all", "early_sampled", "early_of_failures", "far", "far_bin1")
     names = {metric.key: metric.name for metric in METRICS}
     rows = [
         [arm, _cell(test[arm]["accuracy"]), _cell(shifted[arm]["accuracy"]), *(_cell(test[arm][k]) for k in keys)]
@@ -122,8 +124,8 @@ def _summary(experiment: Experiment) -> list[Table]:
     ]
     plan = experiment.plan
     note = (
-        f"Percent with 95 % intervals over cells and questions; {plan.warm_starts} warm starts x {plan.seeds} seeds, "
-        f"{plan.steps} steps of 128 completions, {plan.questions} test and {plan.shifted_questions} shifted questions."
+        f"Percent, 95 % intervals over cells and questions; {plan.warm_starts} x {plan.seeds} warm starts and seeds; "
+        f"{plan.steps} steps of 128 completions; {plan.questions} test, {plan.shifted_questions} shifted questions."
     )
     header = ["", "accuracy", "accuracy, shifted", *(names[key] for key in keys)]
     return [Table("The study on phantom data", header, rows, note), _paper_table()]
@@ -157,7 +159,7 @@ def _details(experiment: Experiment) -> list[Table]:
         _by_cell(experiment),
         _ablations(experiment),
         *_credit(experiment),
-        _tuning(experiment),
+        *_tuning(experiment),
     ]
 
 
@@ -169,20 +171,22 @@ _BIN_TITLES = {
 
 
 def _paired(experiment: Experiment, question_set: str) -> Table:
-    """MRPO minus each of the others."""
+    """MRPO minus each of the others, and each variant minus the methods that it is to beat."""
     keys = ["accuracy", "valid_steps", "fully_valid", "early_of_all", "early_of_failures", "far", "omits"]
     if question_set == "test":
-        keys.insert(1, "accuracy_sampled")
-    ours = tabulate(experiment.samples("MRPO", question_set), METRICS)
+        keys = ["accuracy", "accuracy_sampled", *keys[1:4], "early_sampled", *keys[4:]]
+    tables = {arm: tabulate(experiment.samples(arm, question_set), METRICS) for arm in _finished(experiment)}
+    pairs = [("MRPO", arm) for arm in (BASE, "SFT", "GRPO", "GDPO")]
+    pairs += [(variant, arm) for variant in ("telescoped", "combined") for arm in ("GRPO", "GDPO", "MRPO")]
     rows = []
-    for arm in _finished(experiment):
-        if arm != "MRPO":
-            found = differences(tabulate(experiment.samples(arm, question_set), METRICS), ours)
-            rows.append([f"MRPO - {arm}", *(_difference(found[key]) for key in keys)])
+    for ours, arm in pairs:
+        if ours in tables and arm in tables:
+            found = differences(tables[arm], tables[ours])
+            rows.append([f"{ours} - {arm}", *(_difference(found[key]) for key in keys)])
     names = {metric.key: metric.name for metric in METRICS}
     note = (
         "Points with 95 % intervals, cells and questions resampled together; p of the exact sign-flip test over cells; "
-        "in how many cells MRPO is higher."
+        "in how many cells the first is higher."
     )
     return Table(f"Paired differences, {question_set} questions", ["", *(names[key] for key in keys)], rows, note)
 
@@ -232,7 +236,7 @@ def _ablation_differences(experiment: Experiment) -> dict[str, dict[str, Differe
 
 
 def _ablations(experiment: Experiment) -> Table:
-    keys = ("accuracy", "accuracy_sampled", "early_of_all", "early_of_failures", "fully_valid", "far", "omits")
+    keys = ("accuracy", "accuracy_sampled", "early_of_all", "early_sampled", "fully_valid", "far", "omits")
     names = {metric.key: metric.name for metric in METRICS}
     rows = [[arm, *(_difference(of[key]) for key in keys)] for arm, of in _ablation_differences(experiment).items()]
     note = "The arm minus MRPO, paired; in how many cells the arm is higher."
@@ -275,13 +279,15 @@ def _cosine_cell(found: Estimate) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def _tuning(experiment: Experiment) -> Table:
+def _tuning(experiment: Experiment) -> list[Table]:
     tuned, rates = experiment.tuned(), experiment.plan.rates
+    if not tuned:
+        return []
     rows = [
         [method, *(f"{100 * scores.get(rate, float('nan')):.1f}" for rate in rates)] for method, scores in tuned.items()
     ]
     note = "Accuracy over all completions of validation questions, one run each; the best rate is taken."
-    return Table("Learning rates", ["", *(f"{rate:g}" for rate in rates)], rows, note)
+    return [Table("Learning rates", ["", *(f"{rate:g}" for rate in rates)], rows, note)]
 
 
 def _plots(experiment: Experiment, out: Path) -> list[Path]:

@@ -115,7 +115,7 @@ class Experiment:
             f"seed={10_000 + 2 * number + (stage == 'err')}",
         )
         folder = self.folder / f"w{number}-{stage}"
-        return RunJob(f"warm start {number}: {stage}", folder, start, overrides, self._validation(), keep_policy=True)
+        return RunJob(f"{stage} w{number}", folder, start, overrides, self._validation(), keep_policy=True)
 
     def _start(self, number: int) -> str:
         return str(self.folder / f"w{number}-err" / POLICY)

@@ -18,7 +18,15 @@ from mrpo.report.page.paper import METHODS as PAPER_METHODS
 from mrpo.report.style import BLUE, GREEN, MUTED, ORANGE, PURPLE, RED, figure_style, save_png
 from study.statistics import Difference
 
-COLORS = {"base": "#9aa1ad", "SFT": PURPLE, "GRPO": BLUE, "GDPO": GREEN, "MRPO": ORANGE, "telescoped": RED}
+COLORS = {
+    "base": "#9aa1ad",
+    "SFT": PURPLE,
+    "GRPO": BLUE,
+    "GDPO": GREEN,
+    "MRPO": ORANGE,
+    "telescoped": RED,
+    "combined": "#7a2f28",
+}
 _BIN_LABELS = [f"{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}" for i in range(NUM_BINS)]
 _FFP = "first failure point"
 
@@ -133,6 +141,7 @@ def _lines(axes: Axes, found: Estimates) -> None:
         for i, estimate in enumerate(of_arm.values()):
             _whisker(axes, i + offset, estimate, color)
     axes.set_xticks(range(NUM_BINS), _BIN_LABELS)
+    axes.set_xlim(-0.5, NUM_BINS - 0.5)
     axes.set_xlabel(_FFP)
     axes.set_ylim(-0.02, 1.05)
 

@@ -61,6 +61,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("valid_steps", "valid steps", _greedy(_valid_steps)),
     Metric("fully_valid", "fully valid chains", _greedy(fully_valid)),
     *(Metric(f"{s}_of_all", f"{s} failures", _greedy(is_in_stage(s)), higher_is_better=False) for s in STAGES),
+    Metric("early_sampled", "early failures, sampled", _sampled(is_in_stage("early")), higher_is_better=False),
     *(
         Metric(f"{s}_of_failures", f"{s} share of failures", _greedy(is_in_stage_of_failures(s)), True, s == "late")
         for s in STAGES
@@ -114,16 +115,19 @@ def draws(table: Table, *, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
     """(resamples, M) means over resampled cells and questions; tables of one shape get equal draws."""
     generator = np.random.default_rng(seed)
     cells, questions, _ = table.sums.shape
-    found = []
-    for _ in range(resamples):
-        of_cell = np.bincount(generator.integers(cells, size=max(1, cells - 1)), minlength=cells).astype(float)
-        of_question = np.bincount(generator.integers(questions, size=questions), minlength=questions).astype(float)
-        sums, counts = (
-            np.einsum("c,cm->m", of_cell, np.tensordot(part, of_question, (1, 0)))
-            for part in (table.sums, table.counts)
-        )
-        found.append(_ratio(sums, counts))
-    return np.array(found)
+    of_cells = _weights(generator, cells, max(1, cells - 1), resamples)
+    of_questions = _weights(generator, questions, questions, resamples)
+    sums, counts = (
+        np.einsum("rc,rcm->rm", of_cells, np.tensordot(of_questions, part, (1, 1)))
+        for part in (table.sums, table.counts)
+    )
+    return _ratio(sums, counts)
+
+
+def _weights(generator: np.random.Generator, size: int, drawn: int, resamples: int) -> Floats:
+    """(resamples, size) how often each of `size` is drawn when `drawn` are."""
+    picks = (generator.integers(size, size=drawn) for _ in range(resamples))
+    return np.stack([np.bincount(pick, minlength=size) for pick in picks]).astype(np.float64)
 
 
 def estimates(table: Table) -> dict[str, Estimate]:

@@ -81,8 +81,9 @@ class _Difficulty:
     """How a look departs from the plain one.
 
     signs: range of how far fat and spine stand out from the tissue, 1 being fully; jitter: how far an organ may lie
-    from its centre, in pixels; contrast: range of a scene's lesion contrast, 1 being full; noise: standard deviation of what
-    lies over everything; shift: how far all organs may be moved together, in pixels; sizes: range of an organ's scale.
+    from its centre, in pixels; contrast: range of a scene's lesion contrast, 1 being full; noise: standard deviation
+    of what lies over everything; shift: how far all organs may be moved together, in pixels; sizes: range of an
+    organ's scale.
     """
 
     styles: Mapping[Modality, _Style]
