@@ -38,8 +38,8 @@ FULL = Plan(
 )  # fmt: skip
 QUICK = Plan(
     warm_starts=1, seeds=2, ablation_seeds=1, steps=12, perceive=60, err=40, questions=300, shifted_questions=200,
-    sampled=1, tuning_questions=100, rates=(1e-4,),
-    credit_prompts=8, continuations=4, ablations=ABLATIONS[1:3],
+    sampled=1, tuning_questions=100, rates=(1e-4,), credit_prompts=8, continuations=4, held_out="validation",
+    ablations=ABLATIONS[1:3],
 )  # fmt: skip
 PLANS = {"full": FULL, "quick": QUICK}
 ARMS = (BASE, *(arm.name for arm in METHODS))

@@ -25,6 +25,8 @@ _SFT = (
 PERCEPTION_RATE, ERROR_RATE, CORRUPTION = 5e-4, 3e-4, 0.6
 # Seeds of tuning runs; those of cells count from 0.
 _TUNING_SEED = 1000
+# Of the final questions: no pilot, no tuning and no other run of this project has seen these.
+_TEST_SEED = 2
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class Experiment:
 
     def _test_sets(self) -> tuple[QuestionSet, ...]:
         return (
-            QuestionSet("test", "test", "hard", self.plan.questions, self.plan.sampled),
-            QuestionSet("shifted", "test", "shifted", self.plan.shifted_questions, 0),
+            QuestionSet("test", self.plan.held_out, "hard", self.plan.questions, self.plan.sampled, _TEST_SEED),
+            QuestionSet("shifted", self.plan.held_out, "shifted", self.plan.shifted_questions, 0, _TEST_SEED),
         )
 
     def _read(self, folder: Path) -> dict[str, list[Sample]]:

@@ -65,8 +65,8 @@ def draw_stages(found: Estimates, path: Path) -> Path:
         for panel, title in ((ours, "First failures by stage"), (paper, f"The paper's, {CASCADE_BACKBONE}")):
             panel.set_xticks(range(len(STAGES)), STAGES)
             _percent(panel, title)
-            panel.set_ylim(0, 0.8)
-            panel.legend(ncols=3, loc="upper right")
+            panel.set_ylim(0, 0.95)
+            panel.legend(ncols=4, loc="upper right")
         return _save(figure, path)
 
 

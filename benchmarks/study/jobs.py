@@ -28,13 +28,14 @@ RESULT, SAMPLES, PARTS, POLICY = "result.json", "samples.json", "parts.json", "p
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Held-out phantom questions: one greedy completion each, and `sampled` more."""
+    """Held-out phantom questions of a data seed: one greedy completion each, and `sampled` more."""
 
     name: str
     split: Split
     look: Look
     size: int
     sampled: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class RunJob(Job):
         policy = Path(self.start)
         if self.overrides is not None:
             policy = train_policy(config, flipped=self.flipped, missing=self.missing)
-        sets = {s.name: (PhantomDataset(s.split, size=s.size, look=s.look), s.sampled) for s in self.sets}
+        sets = {s.name: (PhantomDataset(s.split, size=s.size, seed=s.seed, look=s.look), s.sampled) for s in self.sets}
         write_samples(self.folder / SAMPLES, measure(config, policy, sets))
         if self.overrides is not None and not self.keep_policy:
             shutil.rmtree(policy)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mrpo.data.phantom.scene import Split
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes. A step is 128 completions; `perceive` and `err` are the SFT steps that make a warm start."""
+    """Sizes. A step is 128 completions; `perceive` and `err` are the SFT steps that make a warm start.
+
+    `held_out` is the split of the final questions: a trial run leaves the test split alone.
+    """
 
     warm_starts: int
     seeds: int
@@ -87,6 +93,7 @@ class Plan:
     rates: tuple[float, ...]
     credit_prompts: int
     continuations: int
+    held_out: Split = "test"
     ablations: tuple[Arm, ...] = field(default=ABLATIONS)
 
     @property

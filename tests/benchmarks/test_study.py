@@ -148,7 +148,9 @@ def experiment(tmp_path: Path):
     import suite_study
     from study.experiment import Experiment
 
-    return Experiment(replace(suite_study.QUICK, warm_starts=2, seeds=2, rates=(3e-4, 1e-4, 2e-4)), tmp_path)
+    return Experiment(
+        replace(suite_study.QUICK, held_out="test", warm_starts=2, seeds=2, rates=(3e-4, 1e-4, 2e-4)), tmp_path
+    )
 
 
 def test_arms_of_a_cell_differ_in_nothing_but_the_arm(experiment) -> None:
@@ -165,6 +167,7 @@ def test_nothing_is_chosen_by_test_questions(experiment) -> None:
     assert {s.split for job in chosen_by for s in job.sets} == {"validation"}
     final = [*experiment.base_jobs(), *experiment.method_jobs(same_rates())]
     assert {s.split for job in final for s in job.sets} == {"test"}
+    assert not {s.seed for job in chosen_by for s in job.sets} & {s.seed for job in final for s in job.sets}
     tuning_seeds = {o for job in experiment.tuning_jobs() for o in job.overrides if o.startswith("seed=")}
     assert not tuning_seeds & {o for job in final for o in job.overrides or () if o.startswith("seed=")}
 
