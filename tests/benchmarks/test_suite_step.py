@@ -106,9 +106,9 @@ def test_our_client_understands_the_judge(judge: Any) -> None:
 def test_a_step_of_several_processes_is_as_long_as_the_slowest() -> None:
     from suite_step import merge
 
-    one = {"seconds": 2.0, "tokens": 10.0, "peak": 5.0, "update s": 1.0}
-    two = {"seconds": 3.0, "tokens": 12.0, "peak": 6.0, "update s": 2.0}
-    assert merge([one, two]) == {"seconds": 3.0, "tokens": 22.0, "peak": 11.0, "update s": 1.5}
+    one = {"seconds": 2.0, "tokens": 10.0, "judged": 3.0, "peak": 5.0, "update s": 1.0}
+    two = {"seconds": 3.0, "tokens": 12.0, "judged": 4.0, "peak": 6.0, "update s": 2.0}
+    assert merge([one, two]) == {"seconds": 3.0, "tokens": 22.0, "judged": 7.0, "peak": 11.0, "update s": 1.5}
 
 
 def test_a_missing_token_or_request_is_a_failure() -> None:
@@ -117,11 +117,11 @@ def test_a_missing_token_or_request_is_a_failure() -> None:
     from suite_step import check_counts
 
     setting = Setting("m", prompts=2, group=4, image_tokens=16, length=5)
-    check_counts({"tokens": 40.0, "requests": 8.0}, setting, 8)
+    check_counts({"tokens": 40.0, "judged": 8.0, "requests": 8.0}, setting)
     with pytest.raises(FailedError, match="39 completion tokens instead of 40"):
-        check_counts({"tokens": 39.0, "requests": 8.0}, setting, 8)
+        check_counts({"tokens": 39.0, "judged": 8.0, "requests": 8.0}, setting)
     with pytest.raises(FailedError, match="asked the judge 9 times about 8 completions"):
-        check_counts({"tokens": 40.0, "requests": 9.0}, setting, 8)
+        check_counts({"tokens": 40.0, "judged": 8.0, "requests": 9.0}, setting)
 
 
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
@@ -168,6 +168,17 @@ def test_figures_and_tables_follow_from_seconds() -> None:
     assert figures(paired)[MRPO][SHAPING] == pytest.approx(0.002)
     [table] = summary([paired])
     assert table.rows[1] == [MRPO, "1.000", "3.0", "+0.40 %", "-0.10 % to +1.00 %"]
+
+
+def test_a_judge_ends_with_who_started_it() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from step_driver import JudgeProcess; import os\n"
+    code += "judge = JudgeProcess(0.1, 0.2); print(judge._process.pid, flush=True); os._exit(0)"
+    command = [sys.executable, "-c", code, str(ROOT / "benchmarks")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{done.stdout.strip()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_way_that_dies_is_a_failure_with_its_last_words(tmp_path: Path) -> None:
@@ -221,7 +232,7 @@ def test_every_way_computes_the_same_and_asks_once(tmp_path: Path) -> None:
         one = found[name]
         assert one["failure"] is None, name
         assert one["error"] < 1e-5
-        assert one["values"]["requests"] == 8
+        assert one["values"]["requests"] == one["values"]["judged"] > 6
         assert one["values"]["tokens"] == 48
         stages = [value for key, value in one["values"].items() if re.fullmatch(r"\w+ s", key)]
         assert sum(stages) == pytest.approx(one["seconds"], rel=0.3)
