@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from study.measuring import Loaded
+from study.plan import Arm
 
 from mrpo import algorithms
 from mrpo.backbones import Processor
@@ -27,8 +29,6 @@ from mrpo.rollout import SamplingParams
 from mrpo.scoring import columns, make_groups, score_table
 from mrpo.seeding import derive_seed
 from mrpo.shaping import token_advantages
-from study.measuring import Loaded
-from study.plan import Arm
 
 _AT_ONCE = 64  # prefixes continued in one call
 EFFECTS = ("answer", "reward")

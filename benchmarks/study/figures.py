@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
+from study.statistics import Difference
 
 from mrpo.estimates import Estimate
 from mrpo.metrics import NUM_BINS, STAGES
 from mrpo.report.page.paper import ACCURACY, CASCADE_BACKBONE, EARLIEST_FAR, SOURCE, STAGE_SHARES
 from mrpo.report.page.paper import METHODS as PAPER_METHODS
 from mrpo.report.style import BLUE, GREEN, MUTED, ORANGE, PURPLE, RED, figure_style, save_png
-from study.statistics import Difference
 
 COLORS = {
     "base": "#9aa1ad",

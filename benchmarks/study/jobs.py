@@ -74,9 +74,10 @@ class RunJob(Job):
     keep_policy: bool = False
 
     def work(self) -> None:
-        from mrpo.data.phantom import PhantomDataset
         from study.measuring import measure, write_samples
         from study.training import configure, train_policy
+
+        from mrpo.data.phantom import PhantomDataset
 
         config = configure([f"model.path={self.start}", f"output_dir={self.folder}", *(self.overrides or ())])
         policy = Path(self.start)
@@ -98,10 +99,11 @@ class CreditJob(Job):
     continuations: int
 
     def work(self) -> None:
-        from mrpo.data.phantom import PhantomDataset
         from study.credit import study_credit, write_parts
         from study.measuring import load
         from study.training import configure
+
+        from mrpo.data.phantom import PhantomDataset
 
         def config_of(arm: Arm) -> Config:
             return configure([f"model.path={self.start}", *arm.overrides])

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from study.measuring import Sample
 
 from mrpo.estimates import Estimate, Floats, sum_by_question, summarize_draws
 from mrpo.metrics import NUM_BINS, STAGES
 from mrpo.quantities import far, fully_valid, incorrect_in_bin, is_in_stage, is_in_stage_of_failures, rate_in_bin
-from study.measuring import Sample
 
 LEVEL, RESAMPLES = 0.95, 2000
 Quantity = Callable[[Sample], float | None]
