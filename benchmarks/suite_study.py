@@ -171,13 +171,13 @@ _BIN_TITLES = {
 
 
 def _paired(experiment: Experiment, question_set: str) -> Table:
-    """MRPO minus each of the others, and each variant minus the methods that it is to beat."""
+    """MRPO minus each of the others, and telescoped credit minus the methods that it is to beat."""
     keys = ["accuracy", "valid_steps", "fully_valid", "early_of_all", "early_of_failures", "far", "omits"]
     if question_set == "test":
         keys = ["accuracy", "accuracy_sampled", *keys[1:4], "early_sampled", *keys[4:]]
     tables = {arm: tabulate(experiment.samples(arm, question_set), METRICS) for arm in _finished(experiment)}
     pairs = [("MRPO", arm) for arm in (BASE, "SFT", "GRPO", "GDPO")]
-    pairs += [(variant, arm) for variant in ("telescoped", "combined") for arm in ("GRPO", "GDPO", "MRPO")]
+    pairs += [("telescoped", arm) for arm in ("GRPO", "GDPO", "MRPO")]
     rows = []
     for ours, arm in pairs:
         if ours in tables and arm in tables:

@@ -242,12 +242,11 @@ class JudgeConfig(Section):
 class AdvantageConfig(Section):
     """From rewards to per-token advantages."""
 
-    credit: Literal["shaped", "telescoped", "combined"] = Field(
+    credit: Literal["shaped", "telescoped"] = Field(
         "shaped",
-        description="How MRPO's verdicts reach tokens: the paper's shaping (tau, penalty); a step earns how it changes "
-        "the group's mean advantage over completions with the same verdicts so far; or both (docs/study.md)",
+        description="How MRPO's verdicts reach tokens: the paper's shaping (tau, penalty); or a step earns how it "
+        "changes the group's mean advantage over completions with the same verdicts so far (docs/study.md)",
     )
-    telescoped_weight: float = Field(2.0, ge=0.0, description="Weight of telescoped beside shaped in credit=combined")
     tau: Share = Field(0.6, description="An answer reward above this counts as correct: no shaping")
     penalty: Literal["exponential", "linear", "none", "reversed"] = Field(
         "exponential", description="Weight of an invalid step against its place: e to 1, 2 to 1, always 1, or 1 to e"

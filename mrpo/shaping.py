@@ -1,4 +1,4 @@
-"""From the advantage of a completion to those of its tokens: MRPO's shaping, telescoped credit, or both."""
+"""From the advantage of a completion to those of its tokens: MRPO's shaping, or telescoped credit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,7 @@ def token_advantages(
         return [value.expand(length) for value, length in zip(advantages.float(), lengths, strict=True)]
     if config.advantage.credit == "telescoped":
         return _telescoped(scored, advantages, config.rollout.group_size)
-    shaped = _shaped(config, scored, advantages)
-    if config.advantage.credit == "shaped":
-        return shaped
-    weight, added = config.advantage.telescoped_weight, _telescoped(scored, advantages, config.rollout.group_size)
-    return [
-        own + weight * more if isinstance(item.verdict, Verdict) else own
-        for item, own, more in zip(scored, shaped, added, strict=True)
-    ]
+    return _shaped(config, scored, advantages)
 
 
 def _shaped(config: Config, scored: Sequence[ScoredCompletion], advantages: torch.Tensor) -> list[torch.Tensor]:

@@ -43,20 +43,3 @@ def test_telescoped_credit_reaches_the_tokens_of_its_step_group_by_group() -> No
     assert shaped[1].tolist() == [0, 0, 0, -1, -1, 0, 0, 0, 0, 0]
     assert shaped[2].tolist() == [0.0] * 10
     assert shaped[3].tolist() == [2.0] * 10
-
-
-def test_combined_credit_is_the_shaped_one_plus_a_multiple_of_the_telescoped() -> None:
-    items = [scored([True, True]), scored([True, False]), scored([False]), scored(None)]
-    own = torch.tensor([1.0, -1.0, -2.0, 2.0])
-    rollout = {"group_size": 2}
-    shaped, telescoped, combined = (
-        token_advantages(Config.model_validate({"advantage": advantage, "rollout": rollout}), items, own)
-        for advantage in (
-            {"credit": "shaped"},
-            {"credit": "telescoped"},
-            {"credit": "combined", "telescoped_weight": 3.0},
-        )
-    )
-    for i in range(3):
-        torch.testing.assert_close(combined[i], shaped[i] + 3 * telescoped[i])
-    assert combined[3].tolist() == [2.0] * 10  # not judged

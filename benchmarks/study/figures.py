@@ -25,7 +25,6 @@ COLORS = {
     "GDPO": GREEN,
     "MRPO": ORANGE,
     "telescoped": RED,
-    "combined": "#7a2f28",
 }
 _BIN_LABELS = [f"{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}" for i in range(NUM_BINS)]
 _FFP = "first failure point"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from study.plan import Arm
 
@@ -50,17 +50,17 @@ class Job:
         """Does it in this process."""
         raise NotImplementedError
 
-    def specification(self) -> dict:
-        """The fields as JSON, wherever the folder of the study lies."""
-        return json.loads(json.dumps({**asdict(self), "folder": self.folder.name, "start": Path(self.start).name}))
+    def specification(self) -> dict[str, Any]:
+        """The fields as JSON, wherever the folder of the study lies, with those of the job that made its start."""
+        origin = Path(self.start).parent / RESULT
+        made = _read(origin)["job"] if Path(self.start).is_absolute() and origin.is_file() else self.start
+        return json.loads(json.dumps({**asdict(self), "folder": self.folder.name, "start": made}))
 
     def seconds(self) -> float | None:
         """How long it took; None if it is not finished, or was of another specification."""
         path = self.folder / RESULT
-        if not path.is_file():
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found["seconds"] if found["job"] == self.specification() else None
+        found = _read(path) if path.is_file() else None
+        return found["seconds"] if found and found["job"] == self.specification() else None
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,11 @@ class CreditJob(Job):
         examples = PhantomDataset("train", size=self.prompts, seed=1, look="hard")[:]
         parts = study_credit(load(config_of(self.arms[0])), examples, self.arms, config_of, self.continuations)
         write_parts(self.folder / PARTS, [arm.name for arm in self.arms], parts)
+
+
+def _read(result: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int, log: Path, report: Callable[[Job, float], None]) -> None:

@@ -28,8 +28,8 @@ def _mrpo(name: str, *overrides: str, **judge: Any) -> Arm:
     return Arm(name, ("algorithm=mrpo", *overrides), tuned_as="MRPO", **judge)
 
 
-def _combined(name: str, *overrides: str, **judge: Any) -> Arm:
-    return Arm(name, ("algorithm=mrpo", "advantage.credit=combined", *overrides), tuned_as="combined", **judge)
+def _telescoped(name: str, *overrides: str, **judge: Any) -> Arm:
+    return Arm(name, ("algorithm=mrpo", "advantage.credit=telescoped", *overrides), tuned_as="telescoped", **judge)
 
 
 BASE = "base"
@@ -39,7 +39,6 @@ METHODS: tuple[Arm, ...] = (
     Arm("GDPO", ("algorithm=gdpo",)),
     Arm("MRPO", ("algorithm=mrpo",)),
     Arm("telescoped", ("algorithm=mrpo", "advantage.credit=telescoped")),
-    Arm("combined", ("algorithm=mrpo", "advantage.credit=combined")),
 )
 ABLATIONS: tuple[Arm, ...] = (
     _mrpo("linear penalty", "advantage.penalty=linear"),
@@ -54,8 +53,8 @@ ABLATIONS: tuple[Arm, ...] = (
     _mrpo("30 % of verdicts flipped", flipped=0.3),
     _mrpo("25 % unjudged", "judge.max_unjudged=1.0", missing=0.25),
     _mrpo("50 % unjudged", "judge.max_unjudged=1.0", missing=0.5),
-    _combined("combined, 30 % flipped", flipped=0.3),
-    _combined("combined, 50 % unjudged", "judge.max_unjudged=1.0", missing=0.5),
+    _telescoped("telescoped, 30 % flipped", flipped=0.3),
+    _telescoped("telescoped, 50 % unjudged", "judge.max_unjudged=1.0", missing=0.5),
 )
 # Those ablations whose shaping is compared with the true effects of steps: the others share MRPO's.
 CREDITED = ("linear penalty", "constant penalty", "reversed penalty", "tau 1: right answers shaped too")
