@@ -1,0 +1,524 @@
+"""A whole optimizer step beside TRL's trainer and the paper's way (CPU: 8 minutes, H200: 60, --quick: 1.5 and 15).
+
+Same model, prompts, pictures, G and completion length, same rewards, same AdamW, and the same judge: an HTTP server in
+a process of its own, whose latencies are log-normal and the same in every step of every way. Each way runs in processes
+of its own. On a CPU they take turns step by step; on a GPU, where two do not fit, they run one after the other, and
+what is finished is kept (runs/step, or MRPO_STEP_DIR), so that a case that was broken off goes on.
+
+Before anything is timed the ways compute gradients of the same completions, which must agree; in every step each must
+give the same number of tokens and ask the judge exactly once a completion. No weight moves (the learning rate is
+1e-30), so that every step has the same work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import harness
+import step_plots
+import torch
+from harness import relative_error
+from results import Case, Measured, Result, digest_of, load_suite
+from step_driver import FailedError, JudgeProcess, Pool
+from step_setting import AHEAD, GRPO, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL, Setting
+from tables import Table, Target, failure_cell, h200, target_cell, two_cores
+
+if TYPE_CHECKING:
+    from mrpo.records import Example
+
+SOURCES = (
+    "kernels",
+    "csrc",
+    "benchmarks/harness.py",
+    "benchmarks/peers.py",
+    "benchmarks/random_models.py",
+    "benchmarks/update_ways.py",
+    "mrpo",
+    *(f"benchmarks/step_{part}.py" for part in ("driver", "judge", "models", "ours", "reference", "setting")),
+    *(f"benchmarks/step_{part}.py" for part in ("trl", "way", "worker")),
+)
+SMALL, BIG = "phantom policy", "Qwen3-VL-8B"
+MAIN_CPU = f"64 samples, {SMALL}"
+MAIN_LORA, MAIN_FULL = f"64 samples, {BIG}, LoRA", f"64 samples, {BIG}, all parameters"
+PAIR, SHAPING = "MRPO beside GRPO", "shaping, share of the step"
+
+# Seconds: median and 99th percentile of the judge. On a CPU both are scaled down as the step is.
+JUDGE_GPU, JUDGE_CPU = (2.0, 10.0), (0.25, 1.25)
+# Of gradients, against full logits in the same precision.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+NEEDED_GIB = 130
+# Of these the first one that works says what gradients are right.
+_TRUTH = (REFERENCE, TRL, OURS)
+# Tokens that spell text in every tokenizer here.
+_PLAIN_TOKENS = 500
+# Turns of the slowest way.
+_REFERENCE_TURNS = 3
+STAGES = ("rollout", "judge", "logprobs", "update", "sync")
+
+TARGETS = (
+    Target(MAIN_CPU, OURS, f"faster than {TRL}", "at least", 2.0, "x", two_cores),
+    *(
+        Target(case, name, f"faster than {rival}", "at least", limit, "x", h200)
+        for case in (MAIN_LORA, MAIN_FULL)
+        for name in (OURS, AHEAD)
+        for rival, limit in ((TRL, 4.0), (REFERENCE, 40.0))
+    ),
+    Target(PAIR, MRPO, f"of {GRPO}", "at most", 1.01, "x", lambda machine: h200(machine) or two_cores(machine)),
+    Target(PAIR, MRPO, SHAPING, "at most", 0.01, "%", lambda machine: h200(machine) or two_cores(machine)),
+)
+
+
+def unfit() -> str | None:
+    if find_spec("deepspeed") is None:
+        return "the trainer needs deepspeed, which is not installed"
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_properties(0).total_memory < NEEDED_GIB * 2**30:
+            return f"8 billion parameters, an engine and activations need a GPU of {NEEDED_GIB} GiB"
+        if find_spec("vllm") is None:
+            return "the engine of a step on a GPU is vllm, which is not installed"
+    return None
+
+
+def cases(quick: bool) -> list[Case]:
+    return list(_gpu_cases(quick) if torch.cuda.is_available() else _cpu_cases(quick))
+
+
+def _gpu_cases(quick: bool) -> Iterator[Case]:
+    main = Setting(BIG, prompts=8, group=8, image_tokens=784, length=200, lora=True, rounds=4)
+    everyone = (REFERENCE, OURS, AHEAD, TRL)
+    yield step_case(MAIN_LORA, main, everyone, turns=3 if quick else 5)
+    if quick:
+        return
+    yield step_case(MAIN_FULL, replace(main, lora=False), everyone, turns=3)
+    yield pair_case(replace(main, prompts=4), pairs=10)
+    yield from _sweeps(replace(main, prompts=4), groups=(4, 16), image_tokens=(196,), lengths=(100, 400), processes=())
+
+
+def _cpu_cases(quick: bool) -> Iterator[Case]:
+    main = Setting(SMALL, prompts=8, group=8, image_tokens=144, length=48, rounds=4 if quick else 8)
+    ways = (REFERENCE, OURS, TRL) if quick else (REFERENCE, OURS, AHEAD, TRL)
+    yield step_case(MAIN_CPU, main, ways, turns=2 if quick else 5)
+    small = replace(main, prompts=4)
+    yield pair_case(small, pairs=6 if quick else 40)
+    if not quick:
+        yield from _sweeps(small, groups=(4, 8, 16), image_tokens=(16, 64, 256), lengths=(16, 48, 96), processes=(1, 2))
+
+
+def _sweeps(
+    setting: Setting,
+    *,
+    groups: Sequence[int],
+    image_tokens: Sequence[int],
+    lengths: Sequence[int],
+    processes: Sequence[int],
+) -> Iterator[Case]:
+    """Ours and TRL alone: the paper's way grows with the samples, whatever else changes."""
+    changes: list[tuple[str, str, dict[str, Any]]] = [
+        *((f"G = {count}", "group", {"group": count}) for count in groups),
+        *((f"{count} image tokens", "image_tokens", {"image_tokens": count}) for count in image_tokens),
+        *((f"{count} tokens a completion", "length", {"length": count}) for count in lengths),
+        *((f"{count} processes", "processes", {"processes": count}) for count in processes),
+    ]
+    for name, sweep, change in changes:
+        yield step_case(name, replace(setting, **change), (OURS, TRL), turns=3, sweep=sweep)
+
+
+def step_case(name: str, setting: Setting, ways: Sequence[str], *, turns: int, sweep: str = "") -> Case:
+    settings = {"kind": "step", **asdict(setting), "ways": list(ways), "turns": turns, "sweep": sweep}
+    return Case(name, {**settings, "latency": list(_judge_seconds())}, partial(_run, setting, tuple(ways), turns))
+
+
+def pair_case(setting: Setting, pairs: int) -> Case:
+    settings = {"kind": "pair", **asdict(setting), "ways": [GRPO, MRPO], "turns": pairs, "sweep": ""}
+    return Case(PAIR, settings, partial(_run_pair, setting, pairs))
+
+
+def _judge_seconds() -> tuple[float, float]:
+    return JUDGE_GPU if torch.cuda.is_available() else JUDGE_CPU
+
+
+@dataclass
+class Bench:
+    """What lives through all cases: the judge, the ways that run, the model folders."""
+
+    folder: Path
+    judge: JudgeProcess
+    pool: Pool
+    keep_folder: Path | None
+
+    def model(self, name: str) -> str:
+        from step_models import make_folder
+
+        # On a GPU it takes 18 GB and a minute, and outlives a command that was broken off.
+        home = Path(tempfile.gettempdir()) / "mrpo-step-models" if self.keep_folder else self.folder / "models"
+        folder = home / name.replace(" ", "-")
+        make_folder(name, folder, harness.device(), _dtype())
+        harness.free_memory()
+        return str(folder)
+
+    def begin(self, ways: Sequence[str]) -> None:
+        """Ends what a case does not need: on a GPU everything, as an engine keeps its memory until its process ends."""
+        self.pool.keep(lambda name, _: self.keep_folder is None and name in ways)
+
+    def kept(self, key: str) -> Path | None:
+        """Where a result of this key is kept on a GPU, whose cases are long."""
+        return None if self.keep_folder is None else self.keep_folder / key
+
+
+@lru_cache(maxsize=1)
+def bench() -> Bench:
+    holder = tempfile.TemporaryDirectory(prefix="mrpo-step-")
+    atexit.register(holder.cleanup)
+    on_gpu = torch.cuda.is_available()
+    keep = Path(os.environ.get("MRPO_STEP_DIR", "runs/step")) if on_gpu else None
+    folder = Path(holder.name)
+    made = Bench(folder, JudgeProcess(*_judge_seconds()), Pool(folder, together=not on_gpu), keep)
+    atexit.register(made.pool.close)
+    return made
+
+
+@dataclass
+class Measurement:
+    """One way in one case: what its steps gave, or why it has no more of them."""
+
+    name: str
+    steps: list[dict[str, float]] = field(default_factory=list)
+    error: float | None = None
+    failure: str | None = None
+
+    def as_measured(self) -> Measured:
+        if self.failure or not self.steps:
+            return Measured(self.name, error=self.error, failure=self.failure or "not measured")
+        seconds = [step["seconds"] for step in self.steps]
+        names = dict.fromkeys(name for step in self.steps for name in step if name not in ("seconds", "peak"))
+        values = {name: statistics.median(step.get(name, 0.0) for step in self.steps) for name in names}
+        median, peak = statistics.median(seconds), int(max(step["peak"] for step in self.steps))
+        return Measured(
+            self.name, median, min(seconds), max(seconds), len(seconds), peak, self.error, values={**values}
+        )
+
+
+def _run(setting: Setting, ways: Sequence[str], turns: int, skip: Mapping[str, str]) -> list[Measured]:
+    made = bench()
+    made.begin(ways)
+    setting = replace(setting, model=made.model(setting.model), judge=made.judge.url)
+    skip = {**({} if find_spec("trl") else {TRL: "not installed (pip install trl)"}), **skip}
+    found = {name: Measurement(name, failure=skip.get(name)) for name in ways}
+    together = [list(ways)] if made.keep_folder is None else [[name] for name in ways]
+    case = _Case(made, setting, turns)
+    for names in together:
+        case.measure([found[name] for name in names])
+    case.forget()
+    return [found[name].as_measured() for name in sorted(ways, key=_order)]
+
+
+class _Case:
+    """One setting on a bench."""
+
+    def __init__(self, made: Bench, setting: Setting, turns: int) -> None:
+        self._made, self._setting, self._turns = made, setting, turns
+        self._timeout = 120.0 if made.keep_folder is None else 550.0
+        fixed = replace(setting, model=Path(setting.model).name, judge="")
+        parts = [asdict(fixed), turns, harness.machine(), digest_of(load_suite("step"))]
+        self._key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def measure(self, ways: Sequence[Measurement]) -> None:
+        """Prepares, compares and times these ways, in turns; what was measured before is read."""
+        ways = [way for way in ways if way.failure is None and not self._read(way)]
+        for act in (self._process, self._prepare):  # all start at once
+            for way in ways:
+                self._attempt(way, act)
+        if self._setting.processes == 1:
+            for way in sorted(ways, key=lambda way: _TRUTH.index(way.name) if way.name in _TRUTH else len(_TRUTH)):
+                self._attempt(way, self._compare)
+        for way in ways:
+            self._attempt(way, self._step)  # to warm up
+            way.steps.clear()
+        for turn in range(self._turns):
+            for way in ways:
+                if way.name != REFERENCE or turn < _REFERENCE_TURNS:
+                    self._attempt(way, self._step)
+        for way in ways:
+            self._write(way)
+
+    def _attempt(self, way: Measurement, act: Any) -> None:
+        if way.failure is None:
+            try:
+                act(way)
+            except FailedError as error:
+                way.failure = str(error)
+                self._made.pool.drop(way.name, self._setting.processes)
+
+    def _process(self, way: Measurement) -> Any:
+        return self._made.pool.get(way.name, self._setting.processes)
+
+    def _prepare(self, way: Measurement) -> None:
+        self._process(way).prepare(self._setting, self._timeout)
+
+    def _compare(self, way: Measurement) -> None:
+        """Gradients of completions that were drawn beforehand, against those of the first way that computed them."""
+        folder = self._made.kept(self._key) or self._made.folder / self._key
+        folder.mkdir(parents=True, exist_ok=True)
+        own, truth = folder / f"{_slug(way.name)}.pt", folder / "truth.pt"
+        sampled = folder / "sampled.pt"
+        torch.save(draw_completions(self._examples(), self._setting), sampled)
+        self._process(way).ask("gradients", timeout=self._timeout, sampled=str(sampled), path=str(own))
+        if not truth.exists():
+            own.rename(truth)
+            way.error = 0.0
+            return
+        way.error = gradient_error(torch.load(own), torch.load(truth))
+        own.unlink()
+        if not way.error <= TOLERANCE[str(_dtype()).removeprefix("torch.")]:
+            raise FailedError(f"computes something else: gradients differ by {way.error:.2g}")
+
+    def _examples(self) -> list[Example]:
+        from step_models import examples
+
+        return examples(Path(self._setting.model), self._setting.prompts, self._setting.image_tokens)
+
+    def _requests(self, way: Measurement) -> int:
+        """How often a step of this way asks the judge, unless a completion has no steps."""
+        setting = self._setting
+        partly = setting.rounds * REFERENCE_MICRO_BATCH if way.name == REFERENCE else 0
+        return min(partly, setting.samples) or setting.samples
+
+    def _step(self, way: Measurement) -> None:
+        # One step ahead, verdicts that came while the others had their turn would be a gift: only the second counts.
+        for _ in range(2 if way.name == AHEAD else 1):
+            self._made.judge.begin(self._requests(way))
+            answers = self._process(way).ask("step", timeout=self._timeout, algorithm=GRPO, index=None)
+            asked = self._made.judge.stats()["asked"]
+        self._made.judge.wait()
+        step = merge(answers) | {"requests": float(asked)}
+        check_counts(step, self._setting)
+        way.steps.append(step)
+
+    def _read(self, way: Measurement) -> bool:
+        path = self._made.kept(self._key)
+        if path is None or not (path := path / f"{_slug(way.name)}.json").exists():
+            return False
+        content = json.loads(path.read_text(encoding="utf-8"))
+        way.steps, way.error = content["steps"], content["error"]
+        return True
+
+    def _write(self, way: Measurement) -> None:
+        path = self._made.kept(self._key)
+        if path is not None and way.failure is None:
+            path.mkdir(parents=True, exist_ok=True)
+            content = {"steps": way.steps, "error": way.error}
+            (path / f"{_slug(way.name)}.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def forget(self) -> None:
+        """Drops what was kept of a case that is finished: its result is kept elsewhere."""
+        if (path := self._made.kept(self._key)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def merge(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The step of several processes: as long as the slowest, its stages on average, tokens and memory of all."""
+    names = dict.fromkeys(name for answer in answers for name in answer)
+    found = {name: statistics.fmean(answer.get(name, 0.0) for answer in answers) for name in names}
+    found["seconds"] = max(answer["seconds"] for answer in answers)
+    return found | {name: sum(answer[name] for answer in answers) for name in ("tokens", "judged", "peak")}
+
+
+def check_counts(step: Mapping[str, float], setting: Setting) -> None:
+    """Raises FailedError unless the step had all its tokens and asked the judge once for each completion with steps."""
+    tokens = setting.samples * setting.length
+    if round(step["tokens"]) != tokens:
+        raise FailedError(f"{step['tokens']:.0f} completion tokens instead of {tokens}")
+    if step["requests"] != step["judged"]:
+        raise FailedError(f"asked the judge {step['requests']:.0f} times about {step['judged']:.0f} completions")
+
+
+def draw_completions(examples: Sequence[Example], setting: Setting) -> list[dict[str, Any]]:
+    """Random tokens and advantages, G completions for each example."""
+    draw = random.Random(0)
+    return [
+        {
+            "example": example.id,
+            "token_ids": tuple(draw.randrange(_PLAIN_TOKENS) for _ in range(setting.length)),
+            "advantage": draw.gauss(0.0, 1.0),
+        }
+        for example in examples
+        for _ in range(setting.group)
+    ]
+
+
+def gradient_error(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
+    """The worst relative error of the parameters that both have.
+
+    Raises:
+        FailedError: they have none in common.
+    """
+    names = found.keys() & truth.keys()
+    if not names:
+        raise FailedError("no gradient to compare with the others'")
+    return max(relative_error(found[name], truth[name]) for name in names)
+
+
+def _run_pair(setting: Setting, pairs: int, skip: Mapping[str, str]) -> list[Measured]:
+    """Both algorithms in one process, on the very same completions, in turns whose order changes."""
+    made = bench()
+    made.begin([OURS])
+    setting = replace(setting, model=made.model(setting.model), judge="")
+    process = made.pool.get(OURS, 1)
+    process.prepare(setting, 550.0)
+    found = {GRPO: Measurement(GRPO), MRPO: Measurement(MRPO)}
+    for pair in range(-1, pairs):
+        for name in (GRPO, MRPO) if pair % 2 else (MRPO, GRPO):
+            step = merge(process.ask("step", timeout=550.0, algorithm=name, index=max(0, pair)))
+            if pair >= 0:
+                found[name].steps.append(step)
+    ratios = [m["seconds"] / g["seconds"] for g, m in zip(found[GRPO].steps, found[MRPO].steps, strict=True)]
+    low, high = median_interval(ratios)
+    measured = {name: one.as_measured() for name, one in found.items()}
+    shares = {f"of {GRPO}": statistics.median(ratios), "low": low, "high": high}
+    return [measured[GRPO], replace(measured[MRPO], values={**measured[MRPO].values, **shares})]
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """An interval of order statistics that holds the true median at least this often, or the whole range if too few."""
+    ordered, count = sorted(values), len(values)
+    probability = 0.5**count  # that all values lie above the median
+    tail, place, term = probability, 0, probability
+    while tail <= (1.0 - level) / 2 and place < count // 2:
+        place += 1
+        term *= (count - place + 1) / place
+        tail += term
+    place = max(0, place - 1)
+    return ordered[place], ordered[count - 1 - place]
+
+
+def figures(result: Result) -> dict[str, dict[str, float]]:
+    """By way: seconds, samples and completion tokens a second, stages, peak memory, how much faster than whom."""
+    settings, found = result.settings, {}
+    samples = settings["prompts"] * settings["group"]
+    for one in result.measured:
+        if one.seconds is None or one.failure:
+            continue
+        mine = {"seconds": one.seconds, "samples/s": samples / one.seconds}
+        mine["completion tokens/s"] = samples * settings["length"] / one.seconds
+        if one.peak_bytes is not None:
+            mine["peak GiB"] = one.peak_bytes / 2**30
+        mine |= {name: value for name, value in one.values.items() if name.endswith(" s") or name == f"of {GRPO}"}
+        for rival in (TRL, REFERENCE):
+            other = result[rival]
+            if rival != one.name and other.seconds is not None and not other.failure:
+                mine[f"faster than {rival}"] = other.seconds / one.seconds
+        if one.name == MRPO and (plain := result[GRPO]).seconds:
+            mine[SHAPING] = (one.values["shaping s"] - plain.values["shaping s"]) / plain.seconds
+        found[one.name] = mine
+    return found
+
+
+def summary(results: Sequence[Result]) -> list[Table]:
+    shown = [result for result in results if result.measured and not result.settings["sweep"]]
+    tables = [_main_table(result) for result in shown if result.settings["kind"] == "step"]
+    return tables + [_pair_table(result) for result in shown if result.settings["kind"] == "pair"]
+
+
+def details(results: Sequence[Result], machine: Mapping[str, Any]) -> list[Table]:
+    shown = [result for result in results if result.measured and result.settings["kind"] == "step"]
+    return [_detail_table(result, machine) for result in shown]
+
+
+def plots(results: Sequence[Result], out: Path) -> list[Path]:
+    return step_plots.draw(results, figures, STAGES, out)
+
+
+def _main_table(result: Result) -> Table:
+    """What a step takes and where its time goes; ours and how many times faster it is."""
+    found, rows = figures(result), []
+    rivals = [name for name in (TRL, REFERENCE) if name in found]
+    for one in result.measured:
+        mine = found.get(one.name)
+        if mine is None:
+            rows.append([one.name, failure_cell(one.failure), *[""] * (3 + len(rivals) + len(STAGES))])
+            continue
+        ratios = [f"{mine[key]:.1f} x" if (key := f"faster than {rival}") in mine else "" for rival in rivals]
+        stages = [f"{value:.2f}" if (value := mine.get(f"{stage} s")) is not None else "" for stage in STAGES]
+        memory = f"{mine['peak GiB']:.1f}"
+        speeds = [f"{mine['samples/s']:.1f}", f"{mine['completion tokens/s']:,.0f}"]
+        rows.append([one.name, f"{mine['seconds']:.2f}", *ratios, *speeds, *stages, memory])
+    header = ["way", "s", *(f"faster than {rival}" for rival in rivals), "samples/s", "completion tokens/s"]
+    header += [f"{stage}, s" for stage in STAGES] + ["peak, GiB"]
+    return Table(f"A whole step: {result.name}", header, rows, _note(result))
+
+
+def _note(result: Result) -> str:
+    settings = result.settings
+    median, tail = settings["latency"]
+    ways = result.settings["ways"]
+    rounds = settings["rounds"]
+    part = f" The {REFERENCE} was measured on {rounds * REFERENCE_MICRO_BATCH} samples." if rounds else ""
+    ahead = f" `{AHEAD}` is rollout.ahead=1: completions are one update old." if AHEAD in ways else ""
+    return (
+        f"{settings['prompts']} prompts of {settings['image_tokens']} image tokens, {settings['group']} completions "
+        f"each of {settings['length']} tokens. Judge: median {median:g} s, 99th percentile {tail:g} s; its column is "
+        f"the time spent waiting for verdicts.{ahead}{part}"
+    )
+
+
+def _pair_table(result: Result) -> Table:
+    one = result[MRPO]
+    rows = []
+    for name in (GRPO, MRPO):
+        found = result[name]
+        if found.seconds is None:
+            rows.append([name, failure_cell(found.failure), "", "", ""])
+            continue
+        values = [found.values[key] for key in (f"of {GRPO}", "low", "high") if key in found.values]
+        more, *bounds = [f"{100 * (value - 1):+.2f} %" for value in values] or [""]
+        shaping = f"{1e3 * found.values['shaping s']:.1f}"
+        rows.append([name, f"{found.seconds:.3f}", shaping, more, " to ".join(bounds)])
+    note = (
+        f"Same process, same completions, judge in the process; median of {one.runs} pairs. The two differ in how the "
+        "advantages of completions become those of tokens, which is also timed alone."
+    )
+    header = ["algorithm", "s", "advantages of tokens, ms", f"more than {GRPO}", "95 % interval"]
+    return Table(f"{PAIR}: {result.settings['prompts'] * result.settings['group']} samples", header, rows, note)
+
+
+def _detail_table(result: Result, machine: Mapping[str, Any]) -> Table:
+    found, rows = figures(result), []
+    for one in result.measured:
+        mine = found.get(one.name, {})
+        error = "" if one.error is None else f"{one.error:.1e}"
+        if not mine or one.low is None or one.high is None:
+            rows.append([one.name, failure_cell(one.failure), *[""] * 8, error, ""])
+            continue
+        stages = [f"{value:.3g}" if (value := mine.get(f"{stage} s")) is not None else "" for stage in STAGES]
+        target = target_cell(TARGETS, machine, result.name, one.name, mine)
+        spread = f"{one.low:.3g} to {one.high:.3g}"
+        speeds = [f"{mine['completion tokens/s']:,.0f}", f"{mine['peak GiB']:.2f}"]
+        rows.append([one.name, f"{one.seconds:.3g}", spread, *speeds, *stages, error, target])
+    header = ["way", "s", "fastest to slowest", "completion tokens/s", "peak, GiB"]
+    header += [f"{stage}, s" for stage in STAGES] + ["error", ""]
+    return Table(result.name, header, rows)
+
+
+def _order(name: str) -> int:
+    return (OURS, AHEAD, TRL, REFERENCE).index(name)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
