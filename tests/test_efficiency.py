@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mrpo import efficiency
 from mrpo.backbones import load_model
-from mrpo.backbones.attention import prefix_arguments, use_prefix_attention
+from mrpo.backbones.attention import use_prefix_attention
 from mrpo.config import Config
 from mrpo.doctor.memory import PromptSize, estimate, size_of, total
 from mrpo.errors import UserError
@@ -38,7 +38,9 @@ def run(model: Any, groups: list[tuple[int, list[int]]], length: int) -> tuple[t
     embeddings = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(length))
     axes = 1 if model.config.model_type == "internvl" else 3
     positions = torch.arange(length)[None].expand(axes, 1, length) if axes == 3 else torch.arange(length)[None]
-    arguments = prefix_arguments(PrefixLayout.make(groups, length))
+    # As on a GPU: on a CPU the default goes group by group, for which layers are not meant to be compiled.
+    layout = PrefixLayout.make(groups, length)
+    arguments = {"attention_mask": layout.mask[None, None], "prefix_attention": "sdpa"}
     hidden = text(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **arguments).last_hidden_state
     used = sum(prompt + sum(completions) for prompt, completions in groups)
     hidden[:, :used].square().sum().backward()

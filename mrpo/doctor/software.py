@@ -159,7 +159,9 @@ def check_optional(name: str, module: str, extra: str, *, needed: bool = False) 
     if importlib.util.find_spec(module) is None:
         state: State = "missing" if needed else "optional"
         return Check(name, state, "not installed", f"pip install 'mrpo[{extra}]'" if needed else None)
-    return Check(name, "ok", metadata.version(name))
+    # vLLM's build for CPUs comes under another name.
+    distribution = metadata.packages_distributions().get(module, [module])[0]
+    return Check(name, "ok", metadata.version(distribution))
 
 
 def check_deepspeed(machine: Machine) -> Check:
