@@ -300,8 +300,8 @@ class UpdateConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile every layer of the language model; auto: on a GPU, but not under ZeRO 3; on a CPU rows of "
-        "other shapes compile anew",
+        description="torch.compile every layer of the language model; auto: on a GPU, but not under ZeRO 3; on a CPU "
+        "rows of other shapes compile anew",
     )
     checkpointing: Literal["auto", "none", "all"] | NonNegative | Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         "auto",
