@@ -34,7 +34,10 @@ from harness import relative_error
 from results import Case, Measured, Result, digest_of, load_suite
 from step_driver import FailedError, JudgeProcess, Pool
 from step_setting import AHEAD, GRPO, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL, Setting
-from tables import Table, Target, failure_cell, h200, target_cell, two_cores
+from step_tables import BIG, MAIN_CPU, MAIN_FULL, MAIN_LORA, PAIR, SMALL, STAGES, figures
+from step_tables import TARGETS as TARGETS
+from step_tables import details as details
+from step_tables import summary as summary
 
 if TYPE_CHECKING:
     from mrpo.records import Example
@@ -50,10 +53,6 @@ SOURCES = (
     *(f"benchmarks/step_{part}.py" for part in ("driver", "judge", "models", "ours", "reference", "setting")),
     *(f"benchmarks/step_{part}.py" for part in ("trl", "way", "worker")),
 )
-SMALL, BIG = "phantom policy", "Qwen3-VL-8B"
-MAIN_CPU = f"64 samples, {SMALL}"
-MAIN_LORA, MAIN_FULL = f"64 samples, {BIG}, LoRA", f"64 samples, {BIG}, all parameters"
-PAIR, SHAPING = "MRPO beside GRPO", "shaping, share of the step"
 
 # Seconds: median and 99th percentile of the judge. On a CPU both are scaled down as the step is.
 JUDGE_GPU, JUDGE_CPU = (2.0, 10.0), (0.25, 1.25)
@@ -66,19 +65,6 @@ _TRUTH = (REFERENCE, TRL, OURS)
 _PLAIN_TOKENS = 500
 # Turns of the slowest way.
 _REFERENCE_TURNS = 3
-STAGES = ("rollout", "judge", "logprobs", "update", "sync")
-
-TARGETS = (
-    Target(MAIN_CPU, OURS, f"faster than {TRL}", "at least", 2.0, "x", two_cores),
-    *(
-        Target(case, name, f"faster than {rival}", "at least", limit, "x", h200)
-        for case in (MAIN_LORA, MAIN_FULL)
-        for name in (OURS, AHEAD)
-        for rival, limit in ((TRL, 4.0), (REFERENCE, 40.0))
-    ),
-    Target(PAIR, MRPO, f"of {GRPO}", "at most", 1.01, "x", lambda machine: h200(machine) or two_cores(machine)),
-    Target(PAIR, MRPO, SHAPING, "at most", 0.01, "%", lambda machine: h200(machine) or two_cores(machine)),
-)
 
 
 def unfit() -> str | None:
@@ -404,112 +390,8 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
     return ordered[place], ordered[count - 1 - place]
 
 
-def figures(result: Result) -> dict[str, dict[str, float]]:
-    """By way: seconds, samples and completion tokens a second, stages, peak memory, how much faster than whom."""
-    settings, found = result.settings, {}
-    samples = settings["prompts"] * settings["group"]
-    for one in result.measured:
-        if one.seconds is None or one.failure:
-            continue
-        mine = {"seconds": one.seconds, "samples/s": samples / one.seconds}
-        mine["completion tokens/s"] = samples * settings["length"] / one.seconds
-        if one.peak_bytes is not None:
-            mine["peak GiB"] = one.peak_bytes / 2**30
-        mine |= {name: value for name, value in one.values.items() if name.endswith(" s") or name == f"of {GRPO}"}
-        for rival in (TRL, REFERENCE):
-            other = result[rival]
-            if rival != one.name and other.seconds is not None and not other.failure:
-                mine[f"faster than {rival}"] = other.seconds / one.seconds
-        if one.name == MRPO and (plain := result[GRPO]).seconds:
-            mine[SHAPING] = (one.values["shaping s"] - plain.values["shaping s"]) / plain.seconds
-        found[one.name] = mine
-    return found
-
-
-def summary(results: Sequence[Result]) -> list[Table]:
-    shown = [result for result in results if result.measured and not result.settings["sweep"]]
-    tables = [_main_table(result) for result in shown if result.settings["kind"] == "step"]
-    return tables + [_pair_table(result) for result in shown if result.settings["kind"] == "pair"]
-
-
-def details(results: Sequence[Result], machine: Mapping[str, Any]) -> list[Table]:
-    shown = [result for result in results if result.measured and result.settings["kind"] == "step"]
-    return [_detail_table(result, machine) for result in shown]
-
-
 def plots(results: Sequence[Result], out: Path) -> list[Path]:
     return step_plots.draw(results, figures, STAGES, out)
-
-
-def _main_table(result: Result) -> Table:
-    """What a step takes and where its time goes; ours and how many times faster it is."""
-    found, rows = figures(result), []
-    rivals = [name for name in (TRL, REFERENCE) if name in found]
-    for one in result.measured:
-        mine = found.get(one.name)
-        if mine is None:
-            rows.append([one.name, failure_cell(one.failure), *[""] * (3 + len(rivals) + len(STAGES))])
-            continue
-        ratios = [f"{mine[key]:.1f} x" if (key := f"faster than {rival}") in mine else "" for rival in rivals]
-        stages = [f"{value:.2f}" if (value := mine.get(f"{stage} s")) is not None else "" for stage in STAGES]
-        memory = f"{mine['peak GiB']:.1f}"
-        speeds = [f"{mine['samples/s']:.1f}", f"{mine['completion tokens/s']:,.0f}"]
-        rows.append([one.name, f"{mine['seconds']:.2f}", *ratios, *speeds, *stages, memory])
-    header = ["way", "s", *(f"faster than {rival}" for rival in rivals), "samples/s", "completion tokens/s"]
-    header += [f"{stage}, s" for stage in STAGES] + ["peak, GiB"]
-    return Table(f"A whole step: {result.name}", header, rows, _note(result))
-
-
-def _note(result: Result) -> str:
-    settings = result.settings
-    median, tail = settings["latency"]
-    ways = result.settings["ways"]
-    rounds = settings["rounds"]
-    part = f" The {REFERENCE} was measured on {rounds * REFERENCE_MICRO_BATCH} samples." if rounds else ""
-    ahead = f" `{AHEAD}` is rollout.ahead=1: completions are one update old." if AHEAD in ways else ""
-    return (
-        f"{settings['prompts']} prompts of {settings['image_tokens']} image tokens, {settings['group']} completions "
-        f"each of {settings['length']} tokens. Judge: median {median:g} s, 99th percentile {tail:g} s; its column is "
-        f"the time spent waiting for verdicts.{ahead}{part}"
-    )
-
-
-def _pair_table(result: Result) -> Table:
-    one = result[MRPO]
-    rows = []
-    for name in (GRPO, MRPO):
-        found = result[name]
-        if found.seconds is None:
-            rows.append([name, failure_cell(found.failure), "", "", ""])
-            continue
-        values = [found.values[key] for key in (f"of {GRPO}", "low", "high") if key in found.values]
-        more, *bounds = [f"{100 * (value - 1):+.2f} %" for value in values] or [""]
-        shaping = f"{1e3 * found.values['shaping s']:.1f}"
-        rows.append([name, f"{found.seconds:.3f}", shaping, more, " to ".join(bounds)])
-    note = (
-        f"Same process, same completions, judge in the process; median of {one.runs} pairs. The two differ in how the "
-        "advantages of completions become those of tokens, which is also timed alone."
-    )
-    header = ["algorithm", "s", "advantages of tokens, ms", f"more than {GRPO}", "95 % interval"]
-    return Table(f"{PAIR}: {result.settings['prompts'] * result.settings['group']} samples", header, rows, note)
-
-
-def _detail_table(result: Result, machine: Mapping[str, Any]) -> Table:
-    found, rows = figures(result), []
-    for one in result.measured:
-        mine = found.get(one.name, {})
-        error = "" if one.error is None else f"{one.error:.1e}"
-        if not mine or one.low is None or one.high is None:
-            rows.append([one.name, failure_cell(one.failure), *[""] * 8, error, ""])
-            continue
-        stages = [f"{value:.3g}" if (value := mine.get(f"{stage} s")) is not None else "" for stage in STAGES]
-        target = target_cell(TARGETS, machine, result.name, one.name, mine)
-        spread = f"{one.low:.3g} to {one.high:.3g}"
-        speeds = [f"{mine['completion tokens/s']:,.0f}", f"{mine['peak GiB']:.2f}"]
-        rows.append([one.name, f"{one.seconds:.3g}", spread, *speeds, *stages, error, target])
-    header = ["way", "s", "fastest to slowest", "completion tokens/s", "peak, GiB"]
-    header += [f"{stage}, s" for stage in STAGES] + ["error", ""]
-    return Table(result.name, header, rows)
 
 
 def _order(name: str) -> int:

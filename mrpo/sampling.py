@@ -7,7 +7,7 @@ it say its log-probabilities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,15 +91,7 @@ class Sampler:
         completions = [self._completion(saved, i) for i in range(len(examples) * size)]
         groups = make_groups(examples, prompts, [completions[i : i + size] for i in range(0, len(completions), size)])
         rows = [
-            Row(
-                row.prompt,
-                row.token_ids,
-                row.advantages,
-                row.weights,
-                saved.get(f"{i}.old_logprobs"),
-                saved.get(f"{i}.ref_logprobs"),
-                row.sampler_logprobs,
-            )
+            replace(row, old_logprobs=saved.get(f"{i}.old_logprobs"), ref_logprobs=saved.get(f"{i}.ref_logprobs"))
             for i, row in enumerate(self._rows(groups))
         ]
         pending = [self.scorer.submit(group.example, c) for group in groups for c in group.completions]
@@ -137,16 +129,13 @@ class Sampler:
         kept = [not (self.config.rollout.mask_truncated and c.finish_reason == "length") for c in completions]
         lengths = [len(completion.token_ids) for completion in completions]
         weights = token_weights(self.config, self.runtime, lengths, kept)
-        corrected = self.config.loss.sampler_correction != "off"
         return [
             Row(
                 prompt,
                 completion.token_ids,
                 torch.zeros(len(completion.token_ids)),
                 weight,
-                sampler_logprobs=(
-                    torch.tensor(completion.logprobs) if corrected and completion.logprobs is not None else None
-                ),
+                sampler_logprobs=None if completion.logprobs is None else torch.tensor(completion.logprobs),
             )
             for prompt, completion, weight in zip(prompts, completions, weights, strict=True)
         ]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mrpo.data.vqa_rad import IMAGES, QUESTIONS
 from mrpo.errors import UserError
-from mrpo.run import _check_output, load_inputs, parse
+from mrpo.run import _check_output, _remove_run, load_inputs, parse
 from mrpo.settings import load_config, to_yaml
 
 
@@ -75,6 +75,17 @@ def test_a_prompt_that_is_too_long_names_its_example(tiny_policy: Path) -> None:
     assert "prompt.max_tokens=20" in message
 
 
+def test_a_later_prompt_that_is_too_long_is_refused_before_the_run(tiny_policy: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    rows = [
+        {"image": "a.jpg", "question": "Where? " * times, "answer": "lung", "id": name, "split": split}
+        for name, times, split in (("short", 1, "train"), ("long", 100, "train"), ("held", 1, "test"))
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = ("data.name=generic", f"data.file={tmp_path / 'rows.json'}", f"data.root={tmp_path}", "optim.steps=1")
+    assert "long: its prompt takes" in inputs_error(tiny_policy, *settings, "prompt.max_tokens=200")
+
+
 def test_sft_needs_rationales(tiny_policy: Path, tmp_path: Path) -> None:
     (tmp_path / IMAGES).mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / IMAGES / "a.jpg")
@@ -127,6 +138,7 @@ def test_processes_and_zero_stages_train_as_one(tiny_policy: Path, tmp_path: Pat
         "loss.beta=0.04",
         "data.eval_size=5",
         "checkpoint.every=1",
+        "eval.every=1",
         "log.plots=false",
     ]
     runs = {"alone": (1, 0), "two": (2, 0), "sharded": (2, 3)}
@@ -142,6 +154,18 @@ def test_processes_and_zero_stages_train_as_one(tiny_policy: Path, tmp_path: Pat
                 continue
             assert metrics[name][0][key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), (name, key)
         assert (tmp_path / name / "policy" / "model.safetensors").is_file()
+    for record in metrics["alone"]:  # the validation questions after every step
+        assert {"validation/accuracy", "validation/early", "validation/fully_valid"} <= record.keys()
+
+
+def test_a_run_that_is_replaced_leaves_its_verdicts(tmp_path: Path) -> None:
+    for name in ("judge/verdicts.sqlite", "checkpoints/step-000001/state", "config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    _remove_run(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
+        "judge/verdicts.sqlite"
+    ]
 
 
 def test_bfloat16_with_offloaded_optimizer_trains(tiny_policy: Path, tmp_path: Path) -> None:

@@ -133,6 +133,11 @@ def test_reference_is_required_for_a_kl_and_both_sources_are_named(tmp_path: Pat
     assert "loss.reference: command line" in text
 
 
+def test_a_correction_needs_an_engine_that_tells_log_probabilities() -> None:
+    assert "which rollout.engine=hf does not tell" in message("loss.sampler_correction=on")
+    assert load_config(None, ["loss.sampler_correction=on", "rollout.engine=vllm"]).rollout.engine == "vllm"
+
+
 def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
     file = write(tmp_path, "data:\n  name: phantm\nreward:\n  min_steps: 20\noptim:\n  lr: fast\n  lr: 1\n")
     text = message("rollout.group_size=1", "lrr=2", "deepspeed.offload_parameters=true", file=file)

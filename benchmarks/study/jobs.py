@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -39,16 +40,16 @@ class QuestionSet:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(ABC):
     """Something to be done once, whose results go to `folder`. Everything that they depend on stands in its fields."""
 
     name: str
     folder: Path
     start: str  # the policy to start from: a folder, or "phantom"
 
+    @abstractmethod
     def work(self) -> None:
         """Does it in this process."""
-        raise NotImplementedError
 
     def specification(self) -> dict[str, Any]:
         """The fields as JSON, wherever the folder of the study lies, with those of the job that made its start."""

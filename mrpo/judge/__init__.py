@@ -6,6 +6,7 @@ generation ends and goes on working; see `mrpo.scoring`. Embedded judges are don
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -53,12 +54,12 @@ def finished(result: Result) -> Future[Result]:
     return future
 
 
-class EmbeddedJudge:
+class EmbeddedJudge(ABC):
     """A judge in this process that takes no time worth waiting for: `submit` returns a finished future."""
 
+    @abstractmethod
     def judge_one(self, request: JudgeRequest) -> Verdict | Unjudged:
         """The result of one completion."""
-        raise NotImplementedError
 
     def submit(self, request: JudgeRequest) -> Future[Verdict | Unjudged]:
         return finished(self.judge_one(request))
@@ -70,7 +71,7 @@ class EmbeddedJudge:
     def stats(self) -> dict[str, float]:
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - there is nothing to close, so none need say more
         pass
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -47,13 +48,13 @@ class AnswerJudge(Protocol):
         ...
 
 
-class _EmbeddedAnswerJudge:
+class _EmbeddedAnswerJudge(ABC):
     def __init__(self, reward: AnswerReward) -> None:
         self._reward = reward
 
+    @abstractmethod
     def _is_correct(self, value: float, parts: Mapping[str, float]) -> bool:
         """Whether an answer of this reward is correct."""
-        raise NotImplementedError
 
     def submit_answers(self, requests: Sequence[AnswerRequest]) -> list[Future[bool | Unjudged]]:
         return [finished(verdict) for verdict in self.judge_answers(requests)]
@@ -63,7 +64,7 @@ class _EmbeddedAnswerJudge:
         rewards = self._reward([request.answer for request in requests], [r.example.answer for r in requests])
         return [self._is_correct(value, parts) for value, parts in rewards]
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - there is nothing to close, so none need say more
         pass
 
 

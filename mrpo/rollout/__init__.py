@@ -47,11 +47,7 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Gives the device memory back to training until `wake`."""
-        ...
-
-    def wake(self) -> None:
-        """Takes the device memory again."""
+        """Gives the device memory back to training, until the next `sync` or `generate`."""
         ...
 
     def close(self) -> None:

@@ -60,9 +60,6 @@ class HFEngine:
     def sleep(self) -> None:
         """Nothing to give back: the key-value cache lives as long as a batch."""
 
-    def wake(self) -> None:
-        """Nothing to take."""
-
     def close(self) -> None:
         """Nothing to end: the model belongs to the caller."""
 

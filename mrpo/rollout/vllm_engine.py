@@ -130,7 +130,8 @@ class VLLMEngine:
         if not self._has_weights:  # dropped by sleep, and the trainer's are still those of the last sync
             assert self._weights is not None
             self.sync(self._weights)
-        self.wake()
+        self._wake("weights")
+        self._wake("kv_cache")
         pooled, first = self._pool.gather(list(zip(prompts, prompt_seeds(params, len(prompts)), strict=True)))
         groups: list[dict[int, Completion]] = [{} for _ in prompts]
         with self._requests([(prompt, self._sampling(params, seed)) for prompt, seed in pooled]):
@@ -164,11 +165,6 @@ class VLLMEngine:
             self.llm.sleep(level=level)
             self._asleep = {"weights", "kv_cache"}
             self._has_weights = level < 2
-
-    def wake(self) -> None:
-        """Takes the device memory again. `sync` wakes the weights alone, so it is best called before this."""
-        self._wake("weights")
-        self._wake("kv_cache")
 
     def close(self) -> None:
         """Frees the engine's memory; under a launcher only what `sleep` frees, and the rest when the process ends."""

@@ -130,9 +130,6 @@ class VLLMServerEngine:
     def sleep(self) -> None:
         """Nothing to give back: the memory is another device's."""
 
-    def wake(self) -> None:
-        """Nothing to take."""
-
     def close(self) -> None:
         """Nothing to end: the servers are not ours."""
 

@@ -132,7 +132,6 @@ def test_the_engine_is_the_model_itself(engine: HFEngine, prompts: list[EncodedP
     before = engine.generate(prompts[:1], SamplingParams(1, 3, 0.0))
     engine.sync(weights)
     engine.sleep()
-    engine.wake()
     assert engine.generate(prompts[:1], SamplingParams(1, 3, 0.0)) == before
     assert before[0][0].logprobs is None
     engine.close()

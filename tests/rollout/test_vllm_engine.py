@@ -202,7 +202,6 @@ def test_an_error_leaves_nothing_under_way(engine: VLLMEngine, prompts: list[Enc
 def test_sleep_keeps_everything_without_a_gpu(engine: VLLMEngine, prompts: list[EncodedPrompt]) -> None:
     before = engine.generate(prompts[:2], SamplingParams(1, 8, 0.0))
     engine.sleep()
-    engine.wake()
     assert engine.generate(prompts[:2], SamplingParams(1, 8, 0.0)) == before
 
 

@@ -73,7 +73,6 @@ def test_sleep_gives_the_memory_back_and_the_engine_wakes_with_the_trained_weigh
     assert before - _free() < 0.1 * held
     _train(model)
     engine.sync(weights)
-    engine.wake()
     assert mismatch(1) < ROUNDING
     greedy = SamplingParams(1, 64, 0.0)
     awake = engine.generate(prompts, greedy)
