@@ -139,7 +139,8 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
 
 def test_figures_and_tables_follow_from_seconds() -> None:
     from results import Measured, Result
-    from suite_step import GRPO, MRPO, OURS, REFERENCE, SHAPING, TRL, figures, summary
+    from step_setting import GRPO, MRPO, OURS, REFERENCE, TRL
+    from step_tables import SHAPING, figures, summary
 
     settings = {"kind": "step", "prompts": 8, "group": 8, "length": 100, "image_tokens": 64, "sweep": "", "rounds": 0}
     settings |= {"ways": [OURS, TRL, REFERENCE], "latency": [2.0, 10.0]}
