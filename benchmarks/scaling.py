@@ -24,6 +24,8 @@ DOCUMENT = ROOT / "docs" / "scaling.md"
 SIZES = (8, 64, 512)
 # One group of eight for each GPU, and as many as the times of one GPU were measured with.
 SAMPLES = (8, 64)
+# Of rollout.ahead.
+AHEAD = (0, 1, 2, 4, 8)
 DEADLINES = (5.0, 8.0, 10.0, 15.0)
 MARK = "one H200, 2026-11-20, by hand"
 ASSUMED = "assumed"
@@ -180,9 +182,9 @@ class Step:
         return self.work + self.judge
 
     @property
-    def ahead(self) -> float:
-        """With rollout.ahead=1 the next completions are sampled, and the last ones used, while verdicts arrive."""
-        return max(self.work, self.judge)
+    def one_ahead(self) -> float:
+        """Seconds with rollout.ahead=1."""
+        return period(self.work, self.judge, 1)
 
     def limit_of_work(self) -> str:
         """The longest of the GPUs' stages."""
@@ -196,6 +198,15 @@ class Step:
 
     def limit_ahead(self) -> str:
         return "slowest verdict" if self.judge >= self.work else self.limit_of_work()
+
+
+def period(work: float, judge: float, ahead: int) -> float:
+    """Seconds of a step under rollout.ahead, of many steps on average.
+
+    Completions wait for their verdicts while steps before theirs are learned from and steps after theirs are sampled:
+    `ahead` + 1 steps are under way, and a rollout, its verdicts and its update take as many periods.
+    """
+    return max(work, (work + judge) / (ahead + 1))
 
 
 def step(inputs: Inputs, gpus: int, samples: int) -> Step:
@@ -237,6 +248,7 @@ def tables(inputs: Inputs, sources: Mapping[str, str]) -> Iterator[Table]:
     yield _step_table(steps)
     yield _traffic_table(inputs)
     yield _judge_table(inputs, steps)
+    yield _ahead_table(steps)
     yield _deadline_table(inputs, steps)
     yield _server_table(inputs, steps)
 
@@ -258,8 +270,8 @@ def _step_table(steps: Sequence[Step]) -> Table:
             f"{one.seconds:.1f}",
             f"{one.total / one.seconds:,.0f}",
             one.limit(),
-            f"{one.ahead:.1f}",
-            f"{one.total / one.ahead:,.0f}",
+            f"{one.one_ahead:.1f}",
+            f"{one.total / one.one_ahead:,.0f}",
             one.limit_ahead(),
         ]
         for one in steps
@@ -277,7 +289,7 @@ def _step_table(steps: Sequence[Step]) -> Table:
     ]
     note = (
         "Rollouts in the trainer's processes, ZeRO 1. Work is what the GPUs do. A step on policy is work and verdicts; "
-        "with `rollout.ahead=1` it is the longer of the two."
+        "with `rollout.ahead=1`, which has two steps under way, half of that, but no less than the work."
     )
     return Table("A step", header, rows, note, names=1)
 
@@ -302,9 +314,9 @@ def _judge_table(inputs: Inputs, steps: Sequence[Step]) -> Table:
         [
             str(one.gpus),
             f"{one.total:,}",
-            f"{one.total / one.ahead:,.0f}",
-            f"{60 * one.total / one.ahead:,.0f}",
-            f"{one.total / one.ahead * mean_latency(inputs):,.0f}",
+            f"{one.total / one.one_ahead:,.0f}",
+            f"{60 * one.total / one.one_ahead:,.0f}",
+            f"{one.total / one.one_ahead * mean_latency(inputs):,.0f}",
             f"{cost * one.total:.2f}",
         ]
         for one in steps
@@ -314,10 +326,19 @@ def _judge_table(inputs: Inputs, steps: Sequence[Step]) -> Table:
     return Table("The judge", header, rows, note)
 
 
+def _ahead_table(steps: Sequence[Step]) -> Table:
+    rows = []
+    for ahead in AHEAD:
+        rates = [f"{one.total / period(one.work, one.judge, ahead):,.0f}" for one in steps]
+        rows.append([str(ahead), *rates])
+    header = ["rollout.ahead", *(f"{one.gpus} GPUs, {one.total:,}: samples/s" for one in steps)]
+    return Table("Sampling ahead", header, rows, "Completions are so many updates old when they are learned from.")
+
+
 def _deadline_table(inputs: Inputs, steps: Sequence[Step]) -> Table:
     rows = []
     for deadline in DEADLINES:
-        seconds = [max(one.work, min(one.judge, deadline)) for one in steps]
+        seconds = [period(one.work, min(one.judge, deadline), 1) for one in steps]
         rates = [f"{one.total / each:,.0f}" for one, each in zip(steps, seconds, strict=True)]
         rows.append([f"{deadline:g}", f"{unjudged(inputs, deadline):.1%}", *rates])
     header = ["judge.deadline, s", "unjudged", *(f"{one.gpus} GPUs, {one.total:,}: samples/s" for one in steps)]

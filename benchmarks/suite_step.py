@@ -32,12 +32,13 @@ import step_plots
 import torch
 from harness import relative_error
 from results import Case, Measured, Result, digest_of, load_suite
-from step_driver import FailedError, JudgeProcess, Pool
+from step_driver import JudgeProcess
 from step_setting import AHEAD, GRPO, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL, Setting
 from step_tables import BIG, MAIN_CPU, MAIN_FULL, MAIN_LORA, PAIR, SMALL, STAGES, figures
 from step_tables import TARGETS as TARGETS
 from step_tables import details as details
 from step_tables import summary as summary
+from way_process import FailedError, Pool, Script
 
 if TYPE_CHECKING:
     from mrpo.records import Example
@@ -46,11 +47,14 @@ SOURCES = (
     "kernels",
     "csrc",
     "benchmarks/harness.py",
+    "benchmarks/model_folders.py",
     "benchmarks/peers.py",
     "benchmarks/random_models.py",
     "benchmarks/update_ways.py",
+    "benchmarks/way_mailbox.py",
+    "benchmarks/way_process.py",
     "mrpo",
-    *(f"benchmarks/step_{part}.py" for part in ("driver", "judge", "models", "ours", "reference", "setting")),
+    *(f"benchmarks/step_{part}.py" for part in ("driver", "judge", "ours", "reference", "setting")),
     *(f"benchmarks/step_{part}.py" for part in ("trl", "way", "worker")),
 )
 
@@ -59,6 +63,7 @@ JUDGE_GPU, JUDGE_CPU = (2.0, 10.0), (0.25, 1.25)
 # Of gradients, against full logits in the same precision.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 NEEDED_GIB = 130
+SCRIPT = Script("step_worker.py", launched=(OURS, AHEAD))
 # Of these the first one that works says what gradients are right.
 _TRUTH = (REFERENCE, TRL, OURS)
 # Tokens that spell text in every tokenizer here.
@@ -146,10 +151,10 @@ class Bench:
     keep_folder: Path | None
 
     def model(self, name: str) -> str:
-        from step_models import make_folder
+        from model_folders import make_folder
 
         # On a GPU it takes 18 GB and a minute, and outlives a command that was broken off.
-        home = Path(tempfile.gettempdir()) / "mrpo-step-models" if self.keep_folder else self.folder / "models"
+        home = Path(tempfile.gettempdir()) / "mrpo-models" if self.keep_folder else self.folder / "models"
         folder = home / name.replace(" ", "-")
         make_folder(name, folder, harness.device(), _dtype())
         harness.free_memory()
@@ -171,7 +176,7 @@ def bench() -> Bench:
     on_gpu = torch.cuda.is_available()
     keep = Path(os.environ.get("MRPO_STEP_DIR", "runs/step")) if on_gpu else None
     folder = Path(holder.name)
-    made = Bench(folder, JudgeProcess(*_judge_seconds()), Pool(folder, together=not on_gpu), keep)
+    made = Bench(folder, JudgeProcess(*_judge_seconds()), Pool(SCRIPT, folder, together=not on_gpu), keep)
     atexit.register(made.pool.close)
     return made
 
@@ -272,7 +277,7 @@ class _Case:
             raise FailedError(f"computes something else: gradients differ by {way.error:.2g}")
 
     def _examples(self) -> list[Example]:
-        from step_models import examples
+        from model_folders import examples
 
         return examples(Path(self._setting.model), self._setting.prompts, self._setting.image_tokens)
 
@@ -283,15 +288,16 @@ class _Case:
         return min(partly, setting.samples) or setting.samples
 
     def _step(self, way: Measurement) -> None:
-        # One step ahead, verdicts that came while the others had their turn would be a gift: only the second counts.
-        for _ in range(2 if way.name == AHEAD else 1):
+        taken = []
+        for _ in range(3 if way.name == AHEAD else 1):
             self._made.judge.begin(self._requests(way))
             answers = self._process(way).ask("step", timeout=self._timeout, algorithm=GRPO, index=None)
-            asked = self._made.judge.stats()["asked"]
+            taken.append(merge(answers) | {"requests": float(self._made.judge.stats()["asked"])})
+            check_counts(taken[-1], self._setting)
         self._made.judge.wait()
-        step = merge(answers) | {"requests": float(asked)}
-        check_counts(step, self._setting)
-        way.steps.append(step)
+        # One step ahead, two steps are under way, and one in two waits. The verdicts of the first of three came while
+        # the others had their turn: a gift, which does not count.
+        way.steps.append(mean(taken[-2:]))
 
     def _read(self, way: Measurement) -> bool:
         path = self._made.kept(self._key)
@@ -320,6 +326,11 @@ def merge(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     found = {name: statistics.fmean(answer.get(name, 0.0) for answer in answers) for name in names}
     found["seconds"] = max(answer["seconds"] for answer in answers)
     return found | {name: sum(answer[name] for answer in answers) for name in ("tokens", "judged", "peak")}
+
+
+def mean(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What steps took on average."""
+    return {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
 
 
 def check_counts(step: Mapping[str, float], setting: Setting) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,7 +51,8 @@ class Trainer:
     evaluate: Callable[[], dict[str, float]] = dict
     stop_requested: Callable[[], bool] = lambda: False
     _stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    _ahead: Sampled | None = None
+    # Completions of the next steps, whose verdicts are under way: `rollout.ahead` of them.
+    _waiting: deque[Sampled] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(
@@ -83,9 +85,9 @@ class Trainer:
 
     def _rl_step(self, step: int) -> dict[str, float]:
         """One step of MRPO, GRPO or GDPO."""
-        sampled, self._ahead = self._ahead or self._sampler.sample(step), None
-        if self.config.rollout.ahead and step + 1 < self.total_steps:
-            self._ahead = self._sampler.sample(step + 1)
+        newest = min(step + self.config.rollout.ahead, self.total_steps - 1)
+        self._waiting.extend(self._sampler.sample(later) for later in range(step + len(self._waiting), newest + 1))
+        sampled = self._waiting.popleft()
         with self._stopwatch.measure("judge_wait"):
             scored = self.scorer.collect(sampled.pending)
         table = columns(self.runtime.gather_rows(score_table(scored, self.config.advantage.tau)))
@@ -153,15 +155,22 @@ class Trainer:
         return every > 0 and step % every == 0
 
     def _save(self, state: TrainerState) -> None:
-        self.checkpoints.save(self.policy.engine, state, self._ahead.tensors() if self._ahead else {})
+        waiting = {
+            f"{place}.{name}": values
+            for place, sampled in enumerate(self._waiting)
+            for name, values in sampled.tensors().items()
+        }
+        self.checkpoints.save(self.policy.engine, state, waiting)
 
     def _restore(self, start_step: int) -> None:
         """Completions sampled ahead of a checkpoint belong to the run: its weights cannot sample them again."""
         if start_step == 0 or start_step == self.total_steps:
             return
-        # A run that was at its end when it was saved had sampled nothing ahead.
-        if saved := self.checkpoints.load_tensors(start_step):
-            self._ahead = self._sampler.restore(start_step, saved)
+        saved: dict[int, dict[str, torch.Tensor]] = {}
+        for key, values in self.checkpoints.load_tensors(start_step).items():
+            place, _, name = key.partition(".")
+            saved.setdefault(int(place), {})[name] = values
+        self._waiting.extend(self._sampler.restore(start_step + place, saved[place]) for place in sorted(saved))
 
     def _log_samples(
         self, step: int, groups: Sequence[Group], scored: Sequence[ScoredCompletion], rows: Sequence[Row]

@@ -113,11 +113,11 @@ def test_sigterm_saves_and_exits(tiny_policy: Path, tmp_path: Path, uninterrupte
 
 def test_completions_sampled_ahead_survive_a_kill(tiny_policy: Path, tmp_path: Path, uninterrupted: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train(*settings(tiny_policy, whole), "rollout.ahead=1")
+    train(*settings(tiny_policy, whole), "rollout.ahead=2")
     on_policy, ahead = read_metrics(uninterrupted), read_metrics(whole)
     assert ahead[0] == on_policy[0]  # the first step has nothing older to sample with
     assert ahead[1]["completion/tokens"] != on_policy[1]["completion/tokens"]
-    arguments = [*settings(tiny_policy, run), "rollout.ahead=1"]
+    arguments = [*settings(tiny_policy, run), "rollout.ahead=2"]
     folder = run / "checkpoints"
     interrupt(arguments, lambda: len(checkpoints(folder)) >= 2 and not list(folder.glob(".partial*")), signal.SIGKILL)
     assert 2 <= checkpoints(folder)[-1][1].step < STEPS

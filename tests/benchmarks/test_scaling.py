@@ -88,7 +88,7 @@ def test_a_step_adds_up_and_names_its_limit() -> None:
     found = step(inputs, 8, 64)
     assert found.total == 512
     assert found.seconds == pytest.approx(found.rollout + found.update + found.traffic + found.push + found.judge)
-    assert found.ahead == found.work
+    assert found.one_ahead == found.work
     assert (found.limit(), found.limit_ahead()) == ("update", "update")
     assert step(replace(inputs, update=1.0), 8, 64).limit() == "rollout"
     assert step(replace(inputs, nvlink=1e9), 8, 64).limit() == "traffic"
@@ -96,6 +96,24 @@ def test_a_step_adds_up_and_names_its_limit() -> None:
     assert (slow.limit(), slow.limit_ahead()) == ("slowest verdict", "slowest verdict")
     # Two requests under way at once: 64 take 32 times the mean.
     assert step(replace(inputs, judge_concurrency=2), 8, 64).judge == pytest.approx(0.32, rel=0.1)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("judge", [0.5, 5.0, 20.0])
+def test_sampling_ahead_takes_what_a_clock_says(judge: float, ahead: int) -> None:
+    from scaling import period
+
+    rollout, update, now = 2.0, 1.5, 0.0
+    begun: list[float] = []
+    verdicts: list[float] = []
+    for step in range(201):
+        begun.append(now)
+        while len(verdicts) <= step + ahead:
+            now += rollout
+            verdicts.append(now + judge)
+        now = max(now, verdicts[step]) + update
+    # The first step samples all that are under way.
+    assert (begun[-1] - begun[1]) / 199 == pytest.approx(period(rollout + update, judge, ahead), rel=0.03)
 
 
 def test_accepted_results_take_the_place_of_the_marks(tmp_path: Path) -> None:
