@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from mrpo.stale_locks import extension_root, remove_stale_locks
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -39,6 +41,8 @@ class Runtime:
         accelerator = get_accelerator()
         local_rank = int(os.environ["LOCAL_RANK"])
         accelerator.set_device(local_rank)
+        if int(os.environ.get("CROSS_SIZE", "1")) == 1:  # the launcher's number of hosts
+            remove_stale_locks(extension_root())
         # Ranks may wait for each other while one of them reads data or retries a judge.
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
         _forget_shared_buffers()
