@@ -244,8 +244,12 @@ def _prepare_output(config: Config, runtime: Runtime, *, resume: bool, overwrite
     if runtime.is_main:
         if overwrite and (config.output_dir / "config.yaml").is_file():
             _remove_run(config.output_dir)
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        try:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            (config.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            message = f"output_dir={config.output_dir}: {error.strerror}; name a folder that can be written"
+            raise UserError(message) from None
     runtime.barrier()
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from mrpo.data.vqa_rad import IMAGES, QUESTIONS
 from mrpo.errors import UserError
-from mrpo.run import _check_output, _remove_run, load_inputs, parse
+from mrpo.run import _check_output, _prepare_output, _remove_run, load_inputs, parse
+from mrpo.runtime import Runtime
 from mrpo.settings import load_config, to_yaml
 
 
@@ -119,10 +120,37 @@ def test_an_existing_run_is_neither_mixed_nor_lost(tiny_policy: Path, tmp_path: 
         _check_output(other, parse(["--resume"]))
 
 
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "inner"):
+        config = load_config(None, [f"output_dir={place}"])
+        with pytest.raises(UserError, match=rf"output_dir={place}: .*; name a folder"):
+            _prepare_output(config, Runtime(0, 1, torch.device("cpu")), resume=False, overwrite=False)
+
+
 def test_bad_input_ends_the_launcher_with_a_message(tmp_path: Path) -> None:
     done = launch(TRAIN, [f"output_dir={tmp_path / 'run'}", "optim.lrr=1"])
     assert done.returncode == 2
     assert "optim.lr" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seconds", "told"),
+    [
+        ("0 1", "120", "error: no.such_key (command line): unknown key"),
+        ("1", "1", "error (process 1): no.such_key (command line): unknown key"),
+    ],
+)
+def test_an_error_is_told_once_and_names_its_process_if_it_is_not_the_main_one(
+    tmp_path: Path, ranks: str, seconds: str, told: str
+) -> None:
+    """What all processes meet is told by the main one, after which the launcher ends the others while they wait."""
+    worker = Path(__file__).parent / "distributed" / "failing_ranks.py"
+    done = launch(worker, [ranks, seconds, f"output_dir={tmp_path / 'run'}"], num_processes=2)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "error" in line] == [told]
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()
 

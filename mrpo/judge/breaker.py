@@ -71,5 +71,5 @@ class CircuitBreaker:
             if self._opened is None and 0 < self._limit <= self._failed_in_a_row:
                 self._opened = self._clock()
                 self._on_open()
-            elif is_probe:
+            elif self._opened is not None and is_probe:  # an older request's success may have closed it meanwhile
                 self._opened = self._clock()

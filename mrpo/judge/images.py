@@ -54,10 +54,15 @@ def image_url(image: Picture, max_pixels: int | None = None) -> str:
         OSError: the image cannot be read.
     """
     if isinstance(image, Path):
-        with Image.open(image) as opened:
-            if opened.format in ("JPEG", "PNG") and not _is_larger(opened, max_pixels):
-                return _data_url(Image.MIME[opened.format], image.read_bytes())
-            return image_url(opened.convert("RGB"), max_pixels)
+        try:
+            with Image.open(image) as opened:
+                if opened.format in ("JPEG", "PNG") and not _is_larger(opened, max_pixels):
+                    return _data_url(Image.MIME[opened.format], image.read_bytes())
+                return image_url(opened.convert("RGB"), max_pixels)
+        except OSError:
+            raise
+        except Exception as error:  # PIL's decoders raise SyntaxError, ValueError, DecompressionBombError, ...
+            raise OSError(f"{image}: {error}") from error
     picture = image.convert("RGB")
     if max_pixels is not None and _is_larger(picture, max_pixels):
         scale = math.sqrt(max_pixels / (picture.width * picture.height))

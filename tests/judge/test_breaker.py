@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -98,6 +99,26 @@ def test_a_probe_that_is_cancelled_holds_nobody() -> None:
         await asyncio.sleep(0)
         probe.cancel()
         assert await asyncio.wait_for(other, 30)
+
+    asyncio.run(run())
+
+
+def test_a_probe_that_fails_after_an_older_request_succeeded_is_one_failure() -> None:
+    async def run() -> None:
+        h = Harness()
+        async with AsyncExitStack() as older:
+            straggler = await older.enter_async_context(h.breaker.turn())
+            for _ in range(3):
+                await h.use(False)
+            h.now = 10.0
+            async with h.breaker.turn() as probe:
+                straggler.alive = True
+                await older.aclose()
+                probe.alive, probe.reason = False, "no route"
+        assert await h.use(False)
+        assert await h.use(False)  # the third in a row
+        assert not await h.use(True)
+        assert h.openings == 2
 
     asyncio.run(run())
 

@@ -169,6 +169,18 @@ def test_an_unreadable_image_is_unjudged(server: JudgeServer, make: Make, tmp_pa
     assert isinstance(good, Verdict)
 
 
+def test_an_image_that_is_too_large_to_decode_is_unjudged(
+    server: JudgeServer, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the imaging library raises besides OSError concerns one completion, too."""
+    Image.new("RGB", (30, 30)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    bad, good = make().judge([judge_request(images=(tmp_path / "huge.png",)), judge_request()])
+    assert isinstance(bad, Unjudged)
+    assert "huge.png" in bad.reason
+    assert isinstance(good, Verdict)
+
+
 def test_a_silent_server_times_out(server: JudgeServer, make: Make) -> None:
     done = threading.Event()
 

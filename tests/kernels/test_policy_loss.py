@@ -1,27 +1,19 @@
+"""The policy loss and its gradient are the formula: in fp64, by hand, by finite differences."""
+
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from loss_cases import Case, device_of, every_implementation, every_kernel, random_case, relative_error, run
+from loss_cases import Case, device_of, every_implementation, random_case, relative_error, run
 
 from mrpo.kernels import policy_loss
-from mrpo.kernels.dispatch import extension, use
+from mrpo.kernels.dispatch import use
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's NumPy
-
-
-@pytest.fixture
-def nan_filled_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @every_implementation
@@ -203,186 +195,6 @@ def test_importance_weight_by_hand(
 
 
 @every_implementation
-def test_huge_logits(implementation: str) -> None:
-    case = random_case(30, 101, spread=1.0)
-    case = replace(case, logits=case.logits + 1e4 * torch.randint(-1, 2, (30, 101)), old_logprobs=None)
-    logprobs = case.logits.double().log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
-    case = replace(case, ref_logprobs=(logprobs + 0.1).float())
-    truth, true_gradient = run(case, "reference", torch.float64, beta=0.1)
-    result, gradient = run(case, implementation, torch.float32, beta=0.1)
-    assert gradient.isfinite().all()
-    assert relative_error(result.logprobs, truth.logprobs) < 1e-5
-    # At |logprob| = 1e4 the KL's difference itself is known in fp32 to 1e-3 only.
-    assert relative_error(gradient, true_gradient) < 1e-3
-
-
-@every_implementation
-@pytest.mark.parametrize("forbidden", [torch.arange(40) % 3 == 1, torch.arange(2600) < 2100], ids=["some", "leading"])
-def test_forbidden_columns_have_no_part(implementation: str, forbidden: torch.Tensor) -> None:
-    vocab = len(forbidden)
-    case = random_case(20, vocab)
-    allowed = (~forbidden).nonzero()[:, 0]
-    case = replace(case, targets=allowed[case.targets % len(allowed)])
-    kept = (~forbidden).cumsum(0) - 1
-    smaller = replace(case, logits=case.logits[:, ~forbidden], targets=kept[case.targets])
-    truth, true_gradient = run(smaller, "reference", torch.float64, beta=0.1, with_entropy=True)
-    masked = replace(case, logits=case.logits.masked_fill(forbidden, -torch.inf))
-    result, gradient = run(masked, implementation, torch.float32, beta=0.1, with_entropy=True)
-    assert torch.equal(gradient[:, forbidden], torch.zeros(20, int(forbidden.sum())))
-    assert relative_error(gradient[:, ~forbidden], true_gradient) < 1e-5
-    assert result.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
-    assert result.entropy is not None
-    assert truth.entropy is not None
-    assert relative_error(result.entropy, truth.entropy) < 1e-5
-
-
-@every_kernel
-def test_a_confident_policy_keeps_its_small_gradient(implementation: str) -> None:
-    logits = torch.zeros(1, 5000)
-    logits[0, 1234] = 27.0  # 1 - p is 1e-8: below fp32's resolution at 1
-    case = Case(logits, torch.tensor([1234]), torch.ones(1), torch.ones(1))
-    truth, true_gradient = run(case, "reference", torch.float64)
-    result, gradient = run(case, implementation, torch.float32)
-    assert relative_error(result.logprobs, truth.logprobs) < 1e-5
-    assert relative_error(gradient, true_gradient) < 1e-5
-
-
-def poisoned(case: Case, rows: torch.Tensor) -> Case:
-    """Weight 0 and garbage in the given rows."""
-    assert case.old_logprobs is not None
-    assert case.ref_logprobs is not None
-    garbage = case.logits.masked_fill(rows[:, None], torch.nan)
-    garbage[rows.nonzero()[0], 0] = torch.inf
-    return replace(
-        case,
-        logits=garbage,
-        targets=case.targets.masked_fill(rows, -100),
-        advantages=case.advantages.masked_fill(rows, torch.nan),
-        weights=case.weights.masked_fill(rows, 0.0),
-        old_logprobs=case.old_logprobs.masked_fill(rows, -torch.inf),
-        ref_logprobs=case.ref_logprobs.masked_fill(rows, torch.nan),
-    )
-
-
-@every_implementation
-@pytest.mark.usefixtures("nan_filled_memory")
-@pytest.mark.parametrize("share", [0.4, 1.0])
-def test_rows_of_weight_zero_give_zero_whatever_they_hold(implementation: str, share: float) -> None:
-    case = random_case(30, 37)
-    skipped = torch.arange(30) < 30 * share
-    options = {"beta": 0.1, "with_entropy": True}
-    result, gradient = run(poisoned(case, skipped), implementation, torch.float32, **options)
-    expected, expected_gradient = run(
-        replace(case, weights=case.weights.masked_fill(skipped, 0.0)), implementation, torch.float32, **options
-    )
-    assert torch.equal(result.loss, expected.loss)
-    assert torch.equal(gradient, expected_gradient)
-    assert result.entropy is not None
-    for output in (gradient, result.logprobs, result.clipped, result.kl, result.entropy):
-        assert not output[skipped].any()
-        assert output.isfinite().all()
-    if share == 1.0:
-        assert result.loss.item() == 0.0
-
-
-@every_implementation
-def test_no_rows(implementation: str) -> None:
-    result, gradient = run(random_case(0, 13), implementation, torch.float32, beta=0.1)
-    assert result.loss.item() == 0.0
-    assert gradient.shape == (0, 13)
-
-
-@every_implementation
-@pytest.mark.parametrize("column", [0, 5, 1500])
-def test_a_nan_logit_shows(implementation: str, column: int) -> None:
-    case = random_case(3, 2000)
-    case.logits[1, column] = torch.nan
-    result, gradient = run(case, implementation, torch.float32)
-    assert result.loss.isnan()
-    assert gradient[1].isnan().any()
-    assert gradient[[0, 2]].isfinite().all()
-
-
-@pytest.mark.skipif(extension() is None, reason="mrpo._C is not built")
-def test_same_bits_on_repeat_and_with_any_number_of_threads() -> None:
-    case = random_case(50, 3001)
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 2, 3):
-            torch.set_num_threads(count)
-            runs.append(run(case, "cpp", torch.float32, beta=0.1, with_entropy=True))
-    finally:
-        torch.set_num_threads(threads)
-    first, first_gradient = runs[0]
-    for result, gradient in runs[1:]:
-        assert torch.equal(gradient, first_gradient)
-        assert torch.equal(result.loss, first.loss)
-        assert torch.equal(result.logprobs, first.logprobs)
-
-
-@every_implementation
-@pytest.mark.parametrize("inplace", [False, True])
-def test_upstream_gradient_is_honoured(implementation: str, inplace: bool) -> None:
-    case = random_case(8, 17)
-    _, plain = run(case, implementation, torch.float32)
-    case = case.to(device_of(implementation))
-    logits = case.logits.clone().requires_grad_()
-    with use(implementation):
-        loss = policy_loss(logits * 2.0, case.targets, **case.others, temperature=2.0, inplace=inplace).loss
-    for _ in range(2):
-        (0.25 * loss).backward(retain_graph=True)
-    loss.backward()
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad.cpu(), plain * (2 * 0.25 + 1))
-
-
-@every_implementation
-def test_only_the_loss_carries_a_gradient(implementation: str) -> None:
-    result, _ = run(random_case(4, 17), implementation, torch.float32, beta=0.1, with_entropy=True)
-    assert result.entropy is not None
-    assert not any(output.requires_grad for output in (result.logprobs, result.clipped, result.kl, result.entropy))
-
-
-@every_implementation
-def test_without_recording_the_values_are_the_same(implementation: str) -> None:
-    case = random_case(8, 17)
-    expected, _ = run(case, implementation, torch.float32)
-    case = case.to(device_of(implementation))
-    with use(implementation), torch.no_grad():
-        result = policy_loss(case.logits.clone().requires_grad_(), case.targets, **case.others)
-    assert not result.loss.requires_grad
-    assert torch.equal(result.loss.cpu(), expected.loss)
-    assert torch.equal(result.logprobs.cpu(), expected.logprobs)
-
-
-@every_implementation
-@pytest.mark.parametrize("layout", ["every other column", "transposed", "slice of a row", "every other row"])
-def test_strided_logits(implementation: str, layout: str) -> None:
-    case = random_case(14, 19)
-    wide = torch.full((28, 38), torch.nan, device=device_of(implementation))
-    views = {
-        "every other column": wide[:14, ::2],
-        "transposed": wide[:19, :14].T,
-        "slice of a row": wide[:14, 7:26],
-        "every other row": wide[::2, :19],
-    }
-    strided = views[layout].copy_(case.logits)
-    assert not strided.is_contiguous()
-    expected, expected_gradient = run(case, implementation, torch.float32)
-    case = case.to(device_of(implementation))
-    others = {name: tensor for name, tensor in case.others.items() if tensor is not None}
-    vectors = {name: torch.stack([tensor, tensor], dim=1)[:, 0] for name, tensor in others.items()}
-    leaf = strided.detach().requires_grad_()
-    with use(implementation):
-        result = policy_loss(leaf, torch.stack([case.targets, case.targets], dim=1)[:, 0], **vectors)
-    result.loss.backward()
-    assert torch.equal(result.loss.cpu(), expected.loss)
-    assert leaf.grad is not None
-    assert torch.equal(leaf.grad.cpu(), expected_gradient)
-
-
-@every_implementation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_computed_in_fp32(implementation: str, dtype: torch.dtype) -> None:
     case = random_case(8, 41)
@@ -398,51 +210,3 @@ def test_half_precision_logits_are_computed_in_fp32(implementation: str, dtype: 
     assert logits.grad is not None
     assert logits.grad.dtype == dtype
     torch.testing.assert_close(logits.grad.cpu(), true_gradient.to(dtype))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("logits", torch.zeros(4), ValueError),
-        ("logits", torch.zeros(4, 0), ValueError),
-        ("logits", torch.zeros(4, 6, dtype=torch.int64), TypeError),
-        ("targets", torch.zeros(4), TypeError),
-        ("targets", torch.zeros(5, dtype=torch.int64), ValueError),
-        ("targets", torch.tensor([0, 1, 6, 2]), ValueError),
-        ("targets", torch.tensor([0, -1, 5, 2]), ValueError),
-        ("advantages", torch.zeros(4, 1), ValueError),
-        ("advantages", torch.zeros(4, device="meta"), ValueError),
-        ("weights", torch.ones(4, dtype=torch.bool), TypeError),
-        ("weights", torch.ones(4, requires_grad=True), ValueError),
-        ("old_logprobs", torch.zeros(3), ValueError),
-        ("ref_logprobs", [0.0] * 4, TypeError),
-        ("sampler_logprobs", torch.zeros(4, 1), ValueError),
-        ("sampler_logprobs", torch.tensor([0.0, 0.0, torch.nan, 0.0]), ValueError),
-        ("old_logprobs", torch.full((4,), torch.nan), ValueError),
-        ("advantages", torch.full((4,), torch.nan), ValueError),
-        ("weights", torch.full((4,), torch.nan), ValueError),
-        ("importance_cap", 0.0, ValueError),
-        ("importance_cap", float("nan"), ValueError),
-        ("epsilon_low", 1.0, ValueError),
-        ("epsilon_low", -0.1, ValueError),
-        ("epsilon_high", float("nan"), ValueError),
-        ("beta", -1.0, ValueError),
-        ("temperature", 0.0, ValueError),
-    ],
-)
-def test_bad_argument_is_named(name: str, value: Any, error: type[Exception]) -> None:
-    arguments: dict[str, Any] = {**vars(random_case(4, 6)), name: value}
-    with pytest.raises(error, match=name):
-        policy_loss(**arguments)
-
-
-def test_a_kl_needs_its_reference() -> None:
-    case = replace(random_case(4, 6), ref_logprobs=None)
-    with pytest.raises(ValueError, match="ref_logprobs"):
-        policy_loss(**vars(case), beta=0.1)
-
-
-def test_the_row_of_a_wrong_target_is_named() -> None:
-    case = replace(random_case(3, 6), targets=torch.tensor([5, 0, 6]))
-    with pytest.raises(ValueError, match=r"targets\[2\] is 6"):
-        policy_loss(**vars(case))
