@@ -24,6 +24,7 @@ from mrpo.evaluated import read_evaluated, write_evaluated
 from mrpo.evaluation import Evaluation, evaluate, validation_metrics
 from mrpo.help import config_help
 from mrpo.judge import Judge, make_judge
+from mrpo.judge.stats import merge_stats
 from mrpo.policy import Policy
 from mrpo.records import EvaluatedSample, Example
 from mrpo.report import draw_curves, draw_failures, draw_timeline
@@ -39,6 +40,8 @@ from mrpo.trainer import Trainer
 
 VERDICTS = "judge"  # folder in output_dir
 ALONE_AFTER = 10.0  # seconds
+# Of the judge's metrics, those that add up to what a run has spent.
+_COSTS = ("judge/requests", "judge/tokens_in", "judge/tokens_out", "judge/cost_usd")
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # Fields that may change when a run is continued: they do not touch what it computes.
@@ -166,10 +169,15 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
                     scorer=scorer,
                     progress=stage.advance,
                 )
-            scorer.judge_stats()  # the next step's are its own
             return found
 
+        def validate() -> dict[str, float]:
+            found = validation_metrics(measure("validation", inputs.validation_set).samples)
+            stats = merge_stats(runtime.gather_objects(scorer.judge_stats()))
+            return found | {f"validation/{name}": stats[name] for name in _COSTS if name in stats}
+
         before = _evaluate_start(config, runtime, partial(measure, "before", inputs.eval_set), start_step)
+        scorer.judge_stats()  # the first step's are its own
         trainer = Trainer(
             config=config,
             runtime=runtime,
@@ -180,7 +188,7 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
             checkpoints=store,
             log=log,
             total_steps=inputs.total_steps,
-            evaluate=lambda: validation_metrics(measure("validation", inputs.validation_set).samples),
+            evaluate=validate,
             stop_requested=lambda: stop.requested,
         )
         if not trainer.run(start_step):

@@ -145,10 +145,12 @@ class Trainer:
     def _check_judged(self, unjudged: torch.Tensor, scored: Sequence[ScoredCompletion]) -> None:
         share, limit = unjudged.mean().item(), self.config.judge.max_unjudged
         if share > limit:
-            reasons = (item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged))
+            reasons = [item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged)]
+            # The process that tells it may have had an answer to every request of its own.
+            told = next(reason for reason in self.runtime.gather_objects(next(iter(reasons), None)) if reason)
             raise UserError(
                 f"the judge left {share:.0%} of a step's completions unjudged, above judge.max_unjudged={limit:.0%}: "
-                f"{next(reasons, 'on other processes')}"
+                f"{told}; mend the judge and go on with --resume, which asks again for what is missing"
             )
 
     def _due(self, every: int, step: int) -> bool:

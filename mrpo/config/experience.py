@@ -77,7 +77,7 @@ class RewardConfig(Section):
 # Fields of JudgeConfig that say how the judge is reached, which changes no verdict.
 JUDGE_TRANSPORT = {
     "api_key_env", "image_ids", "concurrency", "timeout", "retries", "deadline", "breaker_failures", "breaker_pause",
-    "price_input", "price_cached", "price_output", "cache", "max_unjudged",
+    "breaker_patience", "price_input", "price_cached", "price_output", "cache", "max_unjudged",
 }  # fmt: skip
 
 
@@ -111,6 +111,9 @@ class JudgeConfig(Section):
         8, description="Failed requests in a row after which the endpoint counts as down; 0: never"
     )
     breaker_pause: float = Field(30.0, ge=0.0, description="Seconds until an endpoint that is down is tried again")
+    breaker_patience: float = Field(
+        600.0, ge=0.0, description="Seconds of an outage for which requests wait; then they go unjudged"
+    )
     price_input: float | None = Field(None, ge=0.0, description="USD per million prompt tokens; null: not counted")
     price_cached: float | None = Field(
         None, ge=0.0, description="USD per million prompt tokens that the endpoint had cached; null: as price_input"

@@ -56,7 +56,6 @@ class VerdictCache:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE_NAME
-        self._is_made = False
 
     def find(self, keys: Sequence[str]) -> dict[str, Any]:
         """The verdicts, as JSON values, of those keys that have one."""
@@ -74,18 +73,14 @@ class VerdictCache:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
-            if not self._is_made:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Every time: somebody may have removed the file or its folder during the run.
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             # A transaction takes the write lock at its start, so that it waits for others and never fails half-way.
             with (
                 closing(sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level="IMMEDIATE")) as connection,
                 connection,
             ):
-                if not self._is_made:
-                    connection.execute(
-                        "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)"
-                    )
-                    self._is_made = True
+                connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
                 yield connection
         except OSError as error:
             raise UserError(f"{self._path.parent}: {error.strerror}; name a folder that can be written") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import random
 import time
@@ -38,6 +39,8 @@ LONGEST_QUOTE = 2_000  # characters of an unfit answer that the model is shown a
 
 COUNTS = ("requests", "unjudged", "retries", "rate_limited", "repairs", "breaker_openings")
 TOKENS = ("tokens_in", "tokens_cached", "tokens_out")
+
+_log = logging.getLogger(__name__)
 
 _FAILURES = (TimeoutError, openai.APIConnectionError, openai.APIStatusError)
 
@@ -80,6 +83,8 @@ class Endpoint:
         self.config = config
         self._key = key or "EMPTY"
         self._sleep = sleep
+        # Its own: the run's stream must not depend on when requests fail.
+        self._random = random.Random()
         self._url_of = PerPicture(partial(image_url, max_pixels=config.max_image_pixels))
         self._digest_of = PerPicture(image_digest)
         self._held: set[str] = set()  # ids of images that the endpoint has
@@ -127,7 +132,7 @@ class Endpoint:
         config = self.config
         self._slots = asyncio.Semaphore(config.concurrency)
         self._breaker = CircuitBreaker(
-            config.breaker_failures, config.breaker_pause, on_open=lambda: self._tally.add(breaker_openings=1)
+            config.breaker_failures, config.breaker_pause, config.breaker_patience, on_open=self._tell_that_it_is_down
         )
         async with openai.AsyncOpenAI(
             api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=0
@@ -136,12 +141,28 @@ class Endpoint:
 
     async def _ask(self, request: ChatRequest[Answer]) -> Answer | Unjudged:
         try:
-            async with self._slots, self._breaker.turn() as turn:
-                result = Unjudged(turn.refusal) if turn.refusal else await self._ask_in(turn, request)
+            async with self._slots:
+                result = await self._ask_while_down(request)
         except asyncio.CancelledError:
             return Unjudged("the judge was closed before its verdict")
         self._tally.add(requests=1, unjudged=isinstance(result, Unjudged))
         return result
+
+    async def _ask_while_down(self, request: ChatRequest[Answer]) -> Answer | Unjudged:
+        """The result; that of a request which an outage ended is asked for again when the endpoint is back."""
+        while True:
+            async with self._breaker.turn() as turn:
+                result = Unjudged(turn.refusal) if turn.refusal else await self._ask_in(turn, request)
+            if turn.alive is not False or not self._breaker.is_waited_for:
+                return result
+
+    def _tell_that_it_is_down(self, reason: str) -> None:
+        self._tally.add(breaker_openings=1)
+        pause, patience = self.config.breaker_pause, self.config.breaker_patience
+        _log.warning(
+            "the judge's endpoint is down: %s; it is tried every %g s and, if it had answered before, waited for up to "
+            "%g s (judge.breaker_pause, judge.breaker_patience)", reason, pause, patience
+        )  # fmt: skip
 
     async def _ask_in(self, turn: Turn, request: ChatRequest[Answer]) -> Answer | Unjudged:
         began = time.perf_counter()
@@ -205,7 +226,7 @@ class Endpoint:
             except _FAILURES as error:
                 status = error.response if isinstance(error, openai.APIStatusError) else None
                 self._tally.add(rate_limited=status is not None and status.status_code == 429)
-                wait = wait_before_retry(retry, status.headers if status else {}, random.random())
+                wait = wait_before_retry(retry, status.headers if status else {}, self._random.random())
                 if retry == config.retries or wait is None or not _may_pass(error):
                     raise
             self._tally.add(retries=1)

@@ -14,13 +14,22 @@ Use = Callable[[bool | None], Awaitable[str | None]]
 
 
 class Harness:
-    def __init__(self, failures: int = 3, pause: float = 10.0) -> None:
+    def __init__(self, failures: int = 3, pause: float = 10.0, patience: float = 0.0) -> None:
         self.now = 0.0
         self.openings = 0
-        self.breaker = CircuitBreaker(failures, pause, on_open=self.count, clock=lambda: self.now)
+        self.breaker = CircuitBreaker(
+            failures, pause, patience, on_open=self.count, clock=lambda: self.now, sleep=self.sleep
+        )
 
-    def count(self) -> None:
+    def count(self, reason: str) -> None:
+        assert reason == "no route"
         self.openings += 1
+
+    async def sleep(self, seconds: float) -> None:
+        """Until somebody sets the clock so far ahead."""
+        end = self.now + seconds
+        while self.now < end:
+            await asyncio.sleep(0)
 
     async def use(self, alive: bool | None) -> bool:
         """Whether the request was let through; then it went as `alive` says."""
@@ -119,6 +128,66 @@ def test_a_probe_that_fails_after_an_older_request_succeeded_is_one_failure() ->
         assert await h.use(False)  # the third in a row
         assert not await h.use(True)
         assert h.openings == 2
+
+    asyncio.run(run())
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_requests_wait_for_an_endpoint_that_had_answered() -> None:
+    async def run() -> None:
+        h = Harness(patience=25.0)
+        await h.use(True)
+        for _ in range(3):
+            await h.use(False)
+        waiting = [asyncio.create_task(h.use(True)) for _ in range(5)]
+        await settle()
+        assert not any(task.done() for task in waiting)
+        h.now = 10.0
+        await settle()
+        assert all(task.done() and task.result() for task in waiting)
+        assert await h.use(True)
+        assert h.openings == 1
+
+    asyncio.run(run())
+
+
+def test_patience_ends_with_the_outage_and_not_with_the_request() -> None:
+    async def run() -> None:
+        h = Harness(patience=25.0)
+        await h.use(True)
+        for _ in range(3):
+            await h.use(False)
+        early = asyncio.create_task(h.use(False))
+        for now in (10.0, 20.0):  # a probe each, which fails
+            h.now = now
+            await settle()
+            assert await asyncio.wait_for(early, 5)
+            early = asyncio.create_task(h.use(False))
+        h.now = 24.0
+        late = asyncio.create_task(h.use(True))
+        await settle()
+        assert not early.done()
+        assert not late.done()
+        h.now = 29.0
+        assert not await h.use(True)  # who comes after the patience is refused at once
+        h.now = 30.0
+        await settle()
+        assert early.result()
+        assert not late.result()  # it waited for the probe, which failed
+
+    asyncio.run(run())
+
+
+def test_an_endpoint_that_never_answered_is_not_waited_for() -> None:
+    async def run() -> None:
+        h = Harness(patience=1000.0)
+        for _ in range(3):
+            await h.use(False)
+        assert not await h.use(True)
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import sqlite3
 import threading
 from collections import Counter
@@ -138,6 +139,15 @@ def test_unjudged_is_not_kept(tmp_path: Path) -> None:
     assert isinstance(CachedJudge(up, VerdictCache(tmp_path)).judge([request()])[0], Verdict)
     assert CachedAnswerJudge(up, VerdictCache(tmp_path)).judge_answers([answer]) == [True]
     assert up.asked.total() == 2
+
+
+def test_a_file_that_is_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
+    cache = VerdictCache(tmp_path / "cache")
+    cache.add({"a": 1})
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.find(["a"]) == {}
+    cache.add({"b": 2})
+    assert cache.find(["a", "b"]) == {"b": 2}
 
 
 def test_an_unreadable_image_is_left_to_the_judge(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,26 @@ def test_an_endpoint_that_is_down_is_left_alone_and_taken_up_again(server: Judge
     down = False
     time.sleep(0.25)
     assert all(isinstance(result, Verdict) for result in judge.judge([judge_request(f"b{i}") for i in range(20)]))
+
+
+def test_an_outage_costs_no_verdict(server: JudgeServer, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    answers, lock = Counter[bool](), threading.Lock()
+
+    def otherwise(record: dict[str, Any], attempt: int) -> Answer:
+        with lock:
+            down = 20 <= answers.total() < 60
+            answers[down] += 1
+        return (503, {}, "{}") if down else verdict(record)
+
+    server.otherwise = otherwise
+    judge = make(concurrency=8, retries=0, breaker_failures=1, breaker_pause=0.01)
+    results = judge.judge([judge_request(f"a{i}") for i in range(60)])
+    assert all(isinstance(result, Verdict) for result in results)
+    assert answers == {False: 60, True: 40}
+    stats = judge.stats()
+    assert (stats["judge/unjudged"], stats["judge/requests"]) == (0, 60)
+    assert "is down" in caplog.text
+    assert "503" in caplog.text
 
 
 def test_a_request_that_is_refused_does_not_speak_against_the_endpoint(server: JudgeServer, make: Make) -> None:
