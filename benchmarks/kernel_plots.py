@@ -138,6 +138,6 @@ def lines_over(axis: Axes, results: Sequence[Result], key: str, figure_name: str
 def color_of(name: str, names: Sequence[str]) -> str:
     """Blue for ours; the peers in their order."""
     if name in _OWN or name.startswith("ours"):
-        return BLUE if name in ("ours", "cuda", "cpp") else _LIGHT_BLUE
+        return BLUE if name in ("ours", "ours, vLLM", "cuda", "cpp") else _LIGHT_BLUE
     others = [other for other in names if other not in _OWN and not other.startswith("ours")]
     return _OTHERS[others.index(name) % len(_OTHERS)]

@@ -72,18 +72,17 @@ class Inputs:
 def measured(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     """Values of `Inputs` from accepted results of an H200, and the file that each is from."""
     values: dict[str, float] = {}
-    for suite, case, key, stage in (
-        ("update", "64 samples, Qwen3-VL-8B", "update", None),
-        ("step", "64 samples, Qwen3-VL-8B, all parameters", "rollout", "rollout s"),
-        ("step", "64 samples, Qwen3-VL-8B, all parameters", "push", "sync s"),
+    sources: dict[str, str] = {}
+    for suite, case, way, key in (
+        ("update", "64 samples, Qwen3-VL-8B", "ours", "update"),
+        ("rollout", "64 samples, Qwen3-VL-8B", "ours, vLLM", "rollout"),
+        ("rollout", "256 samples, Qwen3-VL-8B", "ours, vLLM", "rollout_256"),
+        ("rollout", "weight sync", "ours, vLLM", "push"),
     ):
         path = folder / f"{suite}-nvidia-h200.json"
-        found = [r for r in read_results(path)[1] if r.name == case] if path.exists() else []
-        for one in (result["ours"] for result in found):
-            value = one.seconds if stage is None else one.values.get(stage)
-            if value is not None and not one.failure:
-                values[key] = value
-    sources = {key: f"benchmarks/results/{'update' if key == 'update' else 'step'}-nvidia-h200.json" for key in values}
+        for one in (r[way] for r in (read_results(path)[1] if path.exists() else ()) if r.name == case):
+            if one.seconds is not None and not one.failure:
+                values[key], sources[key] = one.seconds, f"benchmarks/results/{path.name}"
     return values, sources
 
 

@@ -1,31 +1,16 @@
-"""Starts the judge and the ways in processes of their own, commands them, and ends them whatever happens."""
+"""The judge of the step suite in a process of its own, which ends whatever happens."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from results import HERE, ROOT
-from step_setting import AHEAD, OURS, Setting
-
-_LAUNCHED = (OURS, AHEAD)
-_POLL = 0.002
-
-
-class FailedError(Exception):
-    """A way could not do what it was told; the message is a reason that fits a table."""
+from results import HERE
 
 
 class JudgeProcess:
@@ -60,109 +45,3 @@ class JudgeProcess:
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-
-
-class WayProcess:
-    """A way in one process or, through the DeepSpeed launcher, in several."""
-
-    def __init__(self, name: str, processes: int, folder: Path) -> None:
-        self.name, self._processes, self._folder = name, processes, folder
-        self._number = 0
-        folder.mkdir(parents=True)
-        self._log = (folder / "log.txt").open("w", encoding="utf-8")
-        worker = [str(HERE / "step_worker.py"), name, str(folder), str(os.getpid())]
-        port = str(_free_port())
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), "--master_port", port]
-        command = [sys.executable, *(launcher if processes > 1 or name in _LAUNCHED else ()), *worker]
-        cores = len(os.sched_getaffinity(0))
-        environment = {
-            **os.environ,
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": str(max(1, cores // processes)),
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]),
-        }
-        # One group, so that the launcher and all that it started can be ended together.
-        self._process = subprocess.Popen(
-            command, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        atexit.register(self.close)
-
-    def ask(self, do: str, *, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
-        """The answers of all its processes.
-
-        Raises:
-            FailedError: one of them failed, died, or took longer than `timeout` seconds.
-        """
-        path = self._folder / f"{self._number}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"do": do, **arguments}), encoding="utf-8")
-        partial.rename(path)
-        expected = [self._folder / f"{self._number}.{rank}.json" for rank in range(self._processes)]
-        self._number += 1
-        deadline = time.monotonic() + timeout
-        while not all(answer.exists() for answer in expected):
-            if self._process.poll() is not None:
-                raise FailedError(f"the process ended: {self._last_words()}")
-            if time.monotonic() > deadline:
-                self.close()
-                raise FailedError(f"{do} took longer than {timeout:.0f} s")
-            time.sleep(_POLL)
-        answers = [json.loads(answer.read_text(encoding="utf-8")) for answer in expected]
-        for answer in answers:
-            if "failure" in answer:
-                raise FailedError(answer["failure"].splitlines()[0])
-        return answers
-
-    def prepare(self, setting: Setting, timeout: float) -> None:
-        self.ask("prepare", timeout=timeout, setting=asdict(setting))
-
-    def _last_words(self) -> str:
-        lines = [line for line in (self._folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line]
-        return (errors or lines or ["without a word"])[-1].strip()
-
-    def close(self) -> None:
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._log.close()
-        atexit.unregister(self.close)
-
-
-class Pool:
-    """The ways that run at the moment. On a GPU one at a time: two trainers do not fit its memory."""
-
-    def __init__(self, folder: Path, *, together: bool) -> None:
-        self._folder, self._together = folder, together
-        self._running: dict[tuple[str, int], WayProcess] = {}
-        self._started = 0
-
-    def get(self, name: str, processes: int) -> WayProcess:
-        key = (name, processes)
-        if key not in self._running:
-            if not self._together:
-                self.close()
-            self._started += 1
-            self._running[key] = WayProcess(name, processes, self._folder / f"way-{self._started}")
-        return self._running[key]
-
-    def drop(self, name: str, processes: int) -> None:
-        """Ends one that failed."""
-        if (key := (name, processes)) in self._running:
-            self._running.pop(key).close()
-
-    def keep(self, wanted: Callable[[str, int], bool]) -> None:
-        """Ends those that are not wanted: they would take memory, and their threads the others' time."""
-        for name, processes in [key for key in self._running if not wanted(*key)]:
-            self.drop(name, processes)
-
-    def close(self) -> None:
-        self.keep(lambda *_: False)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from harness import synchronize
-from step_models import examples
+from model_folders import examples
 from step_setting import AHEAD, FROZEN, GRPO, LORA_RANK, MICRO_BATCH, MRPO, Setting
 from step_way import CountingScorer, Sampled, compared_names, compared_part, plain_name, same_adapters
 

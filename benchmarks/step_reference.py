@@ -16,7 +16,7 @@ from pathlib import Path
 
 import peers
 import torch
-from step_models import examples
+from model_folders import examples
 from step_ours import make_config
 from step_setting import FROZEN, GRPO, REFERENCE_MICRO_BATCH, Setting
 from step_way import CountingScorer, Sampled, compared_names, compared_part, plain_name, same_adapters

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from step_models import LONGEST_PROMPT, examples
+from model_folders import LONGEST_PROMPT, examples
 from step_ours import GPU_MEMORY, make_config
 from step_setting import FROZEN, GRPO, LORA_RANK, MICRO_BATCH, Setting
 from step_way import CountingScorer, Sampled, compared_names, compared_part, plain_name, same_adapters

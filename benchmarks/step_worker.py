@@ -1,18 +1,11 @@
-"""One process of one way: waits for commands in a folder, carries them out, and leaves answers beside them.
-
-Commands are files N.json, answers N.RANK.json, so that they pass any launcher. A worker ends when it is told to, or
-when the process that commands it is gone.
+"""One process of one way of a whole step.
 
 usage: step_worker.py WAY FOLDER PID [--local_rank N]
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,34 +17,7 @@ import torch
 from harness import free_memory
 from step_setting import AHEAD, OURS, REFERENCE, TRL, Setting
 from step_way import Sampled, Stepping, Way
-
-_POLL = 0.005
-
-
-class Mailbox:
-    """Commands to this process, in order."""
-
-    def __init__(self, folder: Path, rank: int, commander: int) -> None:
-        self._folder, self._rank, self._commander = folder, rank, commander
-        self._number = 0
-
-    def look(self) -> dict[str, Any]:
-        """The next command; it stays the next one until it is answered."""
-        path = self._folder / f"{self._number}.json"
-        while not path.exists():
-            try:
-                os.kill(self._commander, 0)
-            except ProcessLookupError:
-                os._exit(1)
-            time.sleep(_POLL)
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def answer(self, content: dict[str, Any]) -> None:
-        path = self._folder / f"{self._number}.{self._rank}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.rename(path)
-        self._number += 1
+from way_mailbox import Mailbox, forget_peak, peak, run_way
 
 
 class Worker:
@@ -61,16 +27,13 @@ class Worker:
         self._name, self._mailbox, self._folder = name, mailbox, folder
         self._way = make_way(name)
 
-    def serve(self) -> None:
-        while (command := self._mailbox.look())["do"] != "end":
-            try:
-                if command["do"] == "step":
-                    self._steps()
-                else:
-                    self._mailbox.answer(getattr(self, f"_{command['do']}")(command))
-            except Exception as error:
-                traceback.print_exc()
-                self._mailbox.answer({"failure": f"{type(error).__name__}: {error}"})
+    def carry_out(self, command: dict[str, Any]) -> dict[str, Any] | None:
+        if command["do"] == "step":
+            self._steps()
+            return None
+        return getattr(self, f"_{command['do']}")(command)
+
+    def close(self) -> None:
         self._way.close()
 
     def _prepare(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -97,11 +60,11 @@ class Worker:
     def _may_begin(self) -> bool:
         if self._mailbox.look()["do"] != "step":
             return False
-        _forget_peak()
+        forget_peak()
         return True
 
     def _tell(self, found: dict[str, float]) -> None:
-        self._mailbox.answer(found | {"peak": float(_peak())})
+        self._mailbox.answer(found | {"peak": float(peak())})
 
 
 def _stepping(way: Any) -> Stepping:
@@ -142,31 +105,5 @@ def _reference() -> Way:
     return ReferenceWay()
 
 
-def _forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    """Bytes: of a GPU all that is taken, vLLM's share among it; of a CPU the most that this process held."""
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-    from harness import _resident
-
-    return _resident("VmHWM")
-
-
-def main() -> None:
-    name, folder, commander = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    mailbox = Mailbox(Path(folder), int(os.environ.get("RANK", "0")), int(commander))
-    Worker(name, mailbox, Path(folder)).serve()
-    sys.stdout.flush()
-    # ZeRO's and vLLM's threads can abort an interpreter that shuts down in the ordinary way.
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    run_way(Worker)

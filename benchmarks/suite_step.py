@@ -16,7 +16,6 @@ import atexit
 import hashlib
 import json
 import os
-import random
 import shutil
 import statistics
 import tempfile
@@ -30,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import harness
 import step_plots
 import torch
-from harness import relative_error
 from results import Case, Measured, Result, digest_of, load_suite
+from step_checks import check_counts, draw_completions, gradient_error, mean, median_interval, merge
 from step_driver import JudgeProcess
 from step_setting import AHEAD, GRPO, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL, Setting
 from step_tables import BIG, MAIN_CPU, MAIN_FULL, MAIN_LORA, PAIR, SMALL, STAGES, figures
@@ -54,7 +53,7 @@ SOURCES = (
     "benchmarks/way_mailbox.py",
     "benchmarks/way_process.py",
     "mrpo",
-    *(f"benchmarks/step_{part}.py" for part in ("driver", "judge", "ours", "reference", "setting")),
+    *(f"benchmarks/step_{part}.py" for part in ("checks", "driver", "judge", "ours", "reference", "setting")),
     *(f"benchmarks/step_{part}.py" for part in ("trl", "way", "worker")),
 )
 
@@ -66,8 +65,6 @@ NEEDED_GIB = 130
 SCRIPT = Script("step_worker.py", launched=(OURS, AHEAD))
 # Of these the first one that works says what gradients are right.
 _TRUTH = (REFERENCE, TRL, OURS)
-# Tokens that spell text in every tokenizer here.
-_PLAIN_TOKENS = 500
 # Turns of the slowest way.
 _REFERENCE_TURNS = 3
 
@@ -320,54 +317,6 @@ class _Case:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def merge(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The step of several processes: as long as the slowest, its stages on average, tokens and memory of all."""
-    names = dict.fromkeys(name for answer in answers for name in answer)
-    found = {name: statistics.fmean(answer.get(name, 0.0) for answer in answers) for name in names}
-    found["seconds"] = max(answer["seconds"] for answer in answers)
-    return found | {name: sum(answer[name] for answer in answers) for name in ("tokens", "judged", "peak")}
-
-
-def mean(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What steps took on average."""
-    return {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
-
-
-def check_counts(step: Mapping[str, float], setting: Setting) -> None:
-    """Raises FailedError unless the step had all its tokens and asked the judge once for each completion with steps."""
-    tokens = setting.samples * setting.length
-    if round(step["tokens"]) != tokens:
-        raise FailedError(f"{step['tokens']:.0f} completion tokens instead of {tokens}")
-    if step["requests"] != step["judged"]:
-        raise FailedError(f"asked the judge {step['requests']:.0f} times about {step['judged']:.0f} completions")
-
-
-def draw_completions(examples: Sequence[Example], setting: Setting) -> list[dict[str, Any]]:
-    """Random tokens and advantages, G completions for each example."""
-    draw = random.Random(0)
-    return [
-        {
-            "example": example.id,
-            "token_ids": tuple(draw.randrange(_PLAIN_TOKENS) for _ in range(setting.length)),
-            "advantage": draw.gauss(0.0, 1.0),
-        }
-        for example in examples
-        for _ in range(setting.group)
-    ]
-
-
-def gradient_error(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
-    """The worst relative error of the parameters that both have.
-
-    Raises:
-        FailedError: they have none in common.
-    """
-    names = found.keys() & truth.keys()
-    if not names:
-        raise FailedError("no gradient to compare with the others'")
-    return max(relative_error(found[name], truth[name]) for name in names)
-
-
 def _run_pair(setting: Setting, pairs: int, skip: Mapping[str, str]) -> list[Measured]:
     """Both algorithms in one process, on the very same completions, in turns whose order changes."""
     made = bench()
@@ -386,19 +335,6 @@ def _run_pair(setting: Setting, pairs: int, skip: Mapping[str, str]) -> list[Mea
     measured = {name: one.as_measured() for name, one in found.items()}
     shares = {f"of {GRPO}": statistics.median(ratios), "low": low, "high": high}
     return [measured[GRPO], replace(measured[MRPO], values={**measured[MRPO].values, **shares})]
-
-
-def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """An interval of order statistics that holds the true median at least this often, or the whole range if too few."""
-    ordered, count = sorted(values), len(values)
-    probability = 0.5**count  # that all values lie above the median
-    tail, place, term = probability, 0, probability
-    while tail <= (1.0 - level) / 2 and place < count // 2:
-        place += 1
-        term *= (count - place + 1) / place
-        tail += term
-    place = max(0, place - 1)
-    return ordered[place], ordered[count - 1 - place]
 
 
 def plots(results: Sequence[Result], out: Path) -> list[Path]:

@@ -31,6 +31,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     from mrpo.rollout.vllm_engine import require_vllm
     from mrpo.rollout.vllm_server import server_command
     from mrpo.settings import load_config
@@ -42,5 +44,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"VLLM_SERVER_DEV_MODE=1 python {shlex.join(words)}")
         return 0
     require_vllm()
+    if not torch.cuda.is_available():
+        words.append("--no-enable-chunked-prefill")  # as in VLLMEngine
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     os.execvpe(sys.executable, [sys.executable, *words], environment)

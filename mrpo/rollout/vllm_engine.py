@@ -114,6 +114,9 @@ class VLLMEngine:
         }
         if self._launched:
             arguments["distributed_executor_backend"] = "external_launcher"
+        if not torch.cuda.is_available():
+            # On a CPU a prompt with a seed cannot be read in parts: generators there have no offset.
+            arguments["enable_chunked_prefill"] = False
         try:
             self.llm = vllm.LLM(**(arguments | options))
         except (ValueError, OSError) as error:

@@ -120,16 +120,21 @@ def test_accepted_results_take_the_place_of_the_marks(tmp_path: Path) -> None:
     from scaling import measured
 
     assert measured(tmp_path) == ({}, {})
-    ours = {"name": "ours", "seconds": 1.5, "values": {"rollout s": 1.9, "sync s": 0.2}}
-    names = {"update": "64 samples, Qwen3-VL-8B", "step": "64 samples, Qwen3-VL-8B, all parameters"}
-    for suite, name in names.items():
-        case = {"key": "k", "name": name, "settings": {}, "measured": [ours], "seconds": 1.0, "failure": None}
-        content = {"machine": {"gpu": "NVIDIA H200"}, "commit": "c", "cases": [case]}
+    seconds = {
+        "update": {"64 samples, Qwen3-VL-8B": ("ours", 1.5)},
+        "rollout": {"64 samples, Qwen3-VL-8B": ("ours, vLLM", 1.9), "weight sync": ("ours, vLLM", 0.2)},
+    }
+    for suite, found in seconds.items():
+        cases = [
+            {"key": name, "name": name, "settings": {}, "measured": [{"name": way, "seconds": took}], "seconds": 1.0}
+            for name, (way, took) in found.items()
+        ]
+        content = {"machine": {"gpu": "NVIDIA H200"}, "commit": "c", "cases": [c | {"failure": None} for c in cases]}
         (tmp_path / f"{suite}-nvidia-h200.json").write_text(json.dumps(content))
     values, sources = measured(tmp_path)
     assert values == {"update": 1.5, "rollout": 1.9, "push": 0.2}
     assert sources["update"] == "benchmarks/results/update-nvidia-h200.json"
-    assert sources["push"] == "benchmarks/results/step-nvidia-h200.json"
+    assert sources["push"] == "benchmarks/results/rollout-nvidia-h200.json"
 
 
 def test_inputs_are_options() -> None:

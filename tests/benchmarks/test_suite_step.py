@@ -104,7 +104,7 @@ def test_our_client_understands_the_judge(judge: Any) -> None:
 
 
 def test_a_step_of_several_processes_is_as_long_as_the_slowest() -> None:
-    from suite_step import merge
+    from step_checks import merge
 
     one = {"seconds": 2.0, "tokens": 10.0, "judged": 3.0, "peak": 5.0, "update s": 1.0}
     two = {"seconds": 3.0, "tokens": 12.0, "judged": 4.0, "peak": 6.0, "update s": 2.0}
@@ -112,9 +112,9 @@ def test_a_step_of_several_processes_is_as_long_as_the_slowest() -> None:
 
 
 def test_a_missing_token_or_request_is_a_failure() -> None:
-    from step_driver import FailedError
+    from step_checks import check_counts
     from step_setting import Setting
-    from suite_step import check_counts
+    from way_process import FailedError
 
     setting = Setting("m", prompts=2, group=4, image_tokens=16, length=5)
     check_counts({"tokens": 40.0, "judged": 8.0, "requests": 8.0}, setting)
@@ -125,7 +125,7 @@ def test_a_missing_token_or_request_is_a_failure() -> None:
 
 
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says() -> None:
-    from suite_step import median_interval
+    from step_checks import median_interval
 
     assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
     draw, held = random.Random(0), 0
@@ -183,9 +183,10 @@ def test_a_judge_ends_with_who_started_it() -> None:
 
 
 def test_a_way_that_dies_is_a_failure_with_its_last_words(tmp_path: Path) -> None:
-    from step_driver import FailedError, WayProcess
+    from suite_step import SCRIPT
+    from way_process import FailedError, WayProcess
 
-    way = WayProcess("no such way", 1, tmp_path / "way")
+    way = WayProcess(SCRIPT, "no such way", 1, tmp_path / "way")
     try:
         with pytest.raises(FailedError, match="KeyError: 'no such way'"):
             way.ask("prepare", timeout=120)
@@ -194,7 +195,7 @@ def test_a_way_that_dies_is_a_failure_with_its_last_words(tmp_path: Path) -> Non
 
 
 def test_a_random_model_writes_sentences_and_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import step_models
+    import model_folders
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
@@ -202,7 +203,7 @@ def test_a_random_model_writes_sentences_and_never_ends(tmp_path: Path, monkeypa
     from mrpo.config import Config
     from mrpo.steps import find_steps
 
-    step_models.make_folder("small Qwen3-VL", tmp_path / "small", torch.device("cpu"), torch.float32)
+    model_folders.make_folder("small Qwen3-VL", tmp_path / "small", torch.device("cpu"), torch.float32)
     config = AutoConfig.from_pretrained(tmp_path / "small")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
     assert len(tokenizer) == config.text_config.vocab_size
@@ -212,7 +213,7 @@ def test_a_random_model_writes_sentences_and_never_ends(tmp_path: Path, monkeypa
     draw = random.Random(0)
     drawn = [draw.randrange(1000, 8000) for _ in range(200)]
     assert len(find_steps(drawn, processor.tokenizer, think_tag="thinking")) > 5
-    [example] = step_models.examples(tmp_path / "small", 1, 144)
+    [example] = model_folders.examples(tmp_path / "small", 1, 144)
     assert int(processor.encode_prompt(example).token_type_ids.sum()) == 144
 
 

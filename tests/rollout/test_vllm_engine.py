@@ -62,6 +62,16 @@ def engine(processor: Processor) -> Iterator[VLLMEngine]:
         )
 
 
+def _continued(prompt: EncodedPrompt, processor: Processor, text: str) -> EncodedPrompt:
+    begun = tuple(processor.tokenizer(text).input_ids)
+    return replace(
+        prompt,
+        input_ids=torch.cat([prompt.input_ids, torch.tensor(begun)]),
+        token_type_ids=torch.cat([prompt.token_type_ids, torch.zeros(len(begun), dtype=torch.long)]),
+        text_ids=prompt.text_ids + begun,
+    )
+
+
 @needs_vllm
 def test_greedy_completions_are_those_of_hugging_face(
     engine: VLLMEngine, model: Any, processor: Processor, prompts: list[EncodedPrompt]
@@ -81,17 +91,23 @@ def test_samples_depend_on_their_seed_alone(engine: VLLMEngine, prompts: list[En
 
 
 @needs_vllm
+def test_more_prompts_than_are_read_at_once(
+    engine: VLLMEngine, processor: Processor, prompts: list[EncodedPrompt]
+) -> None:
+    long = [_continued(prompt, processor, "The image is " * 60) for prompt in prompts]
+    limit = engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert sum(len(prompt.input_ids) for prompt in long) > limit
+    seeds = tuple(10_000 * number for number in range(len(long)))
+    together = engine.generate(long, SamplingParams(1, 8, 1.0, seeds))
+    assert together[-1:] == engine.generate(long[-1:], SamplingParams(1, 8, 1.0, seeds[-1:]))
+
+
+@needs_vllm
 def test_samples_follow_the_tempered_softmax(
     engine: VLLMEngine, model: Any, processor: Processor, prompts: list[EncodedPrompt]
 ) -> None:
     count, temperature = 2000, 2.0
-    begun = tuple(processor.tokenizer("<thinking>The image is").input_ids)  # two ways to go on
-    prompt = replace(
-        prompts[0],
-        input_ids=torch.cat([prompts[0].input_ids, torch.tensor(begun)]),
-        token_type_ids=torch.cat([prompts[0].token_type_ids, torch.zeros(len(begun), dtype=torch.long)]),
-        text_ids=prompts[0].text_ids + begun,
-    )
+    prompt = _continued(prompts[0], processor, "<thinking>The image is")  # two ways to go on
     (drawn,) = engine.generate([prompt], SamplingParams(count, 1, temperature, seeds=(5,)))
     with torch.no_grad():
         (logits,) = policy_logits(model, processor, prompt, [0])

@@ -1,4 +1,4 @@
-"""What the ways of a whole step train: a model folder, and questions about pictures of a given size.
+"""What the ways of a suite run: a model folder, and questions about pictures of a given size.
 
 Nothing is downloaded. The shipped phantom policy is taken as it is; larger models get random weights and the phantom's
 tokenizer, in which every further token is a made-up word, so that what they write has sentences a judge can be asked
@@ -29,8 +29,10 @@ _SHIPPED = Path(model_folder("phantom"))
 # One made-up word in so many ends a sentence.
 _SENTENCE = 16
 _MAX_POSITIONS = 8192
-# The paper's largest picture and prompt: what vLLM measures its memory with.
-_MAX_PIXELS, LONGEST_PROMPT = 802_816, 1024
+# The paper's longest prompt, and the most of it beside the picture.
+LONGEST_PROMPT, LONGEST_TEXT = 1024, 240
+# The largest picture of any suite.
+_MAX_PIXELS = 1_048_576
 
 
 def make_folder(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -95,12 +97,17 @@ def _write_processor(folder: Path, vision: Any) -> None:
     ).save_pretrained(folder)
 
 
-def examples(folder: Path, prompts: int, image_tokens: int) -> list[Example]:
-    """Phantom questions, their pictures scaled so that each takes the nearest number of image tokens."""
+def picture_side(folder: Path, image_tokens: int) -> int:
+    """Pixels of the side of a square picture of the nearest number of image tokens."""
     vision = AutoConfig.from_pretrained(folder).vision_config
-    side = max(2, round(math.sqrt(image_tokens))) * vision.patch_size * vision.spatial_merge_size
+    return max(2, round(math.sqrt(image_tokens))) * vision.patch_size * vision.spatial_merge_size
+
+
+def examples(folder: Path, prompts: int, image_tokens: int, first: int = 0) -> list[Example]:
+    """Phantom questions from number `first` on, their pictures scaled to the nearest number of image tokens."""
+    side = picture_side(folder, image_tokens)
     found = []
-    for example in PhantomDataset("train", size=prompts):
+    for example in PhantomDataset("train", size=first + prompts)[first:]:
         (picture,) = example.load_images()
         found.append(replace(example, images=(picture.resize((side, side), Image.Resampling.NEAREST),)))
     return found
