@@ -8,6 +8,7 @@ from pathlib import Path
 
 from study.credit import Part, read_parts
 from study.jobs import PARTS, POLICY, SAMPLES, CreditJob, Job, QuestionSet, RunJob
+from study.learning import read_curve
 from study.measuring import Sample, read_samples
 from study.plan import ABLATIONS, BASE, CREDITED, METHODS, Arm, Cell, Plan
 
@@ -27,6 +28,7 @@ PERCEPTION_RATE, ERROR_RATE, CORRUPTION = 5e-4, 3e-4, 0.6
 _TUNING_SEED = 1000
 # Of the final questions: no pilot, no tuning and no other run of this project has seen these.
 _TEST_SEED = 2
+METRICS_FILE = "metrics.jsonl"  # what a training run says of its steps
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,15 @@ class Experiment:
         folders = {c.name: self._base(c.warm_start) if arm == BASE else self._folder(arm, c) for c in self.plan.cells}
         read = {cell: self._read(folder).get(question_set, []) for cell, folder in folders.items()}
         return {cell: samples for cell, samples in read.items() if samples}
+
+    def curves(self, arm: str, key: str) -> dict[str, list[float]]:
+        """By cell, a metric of every training step; of the cells whose run is finished."""
+        folders = {cell.name: self._folder(arm, cell) for cell in self.plan.cells}
+        return {
+            cell: read_curve(folder / METRICS_FILE, key)
+            for cell, folder in folders.items()
+            if (folder / SAMPLES).is_file()
+        }
 
     def parts(self) -> tuple[list[str], list[Part]]:
         """The schemes of the credit job and what it found; nothing before it is finished."""

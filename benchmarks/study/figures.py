@@ -28,6 +28,7 @@ COLORS = {
 }
 _BIN_LABELS = [f"{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}" for i in range(NUM_BINS)]
 _FFP = "first failure point"
+_AROUND = 5  # steps
 
 # By arm, estimates by metric.
 Estimates = Mapping[str, Mapping[str, Estimate]]
@@ -98,6 +99,22 @@ def draw_incorrect(found: Estimates, path: Path) -> Path:
         _lines(axes, found)
         _percent(axes, "Wrong answers")
         axes.legend(ncols=3, loc="lower left")
+        return _save(figure, path)
+
+
+def draw_learning(found: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
+    """A panel for each metric, its values at every step by arm, as means of the steps around."""
+    with figure_style():
+        figure, panels = _panels([1.0] * len(found))
+        for panel, (title, of_arms) in zip(panels, found.items(), strict=True):
+            for arm, values in of_arms.items():
+                around = np.ones(min(_AROUND, len(values)))
+                smooth = np.convolve(values, around, "valid") / len(around)
+                first = 1 + (len(around) - 1) / 2
+                panel.plot(first + np.arange(len(smooth)), smooth, color=COLORS[arm], label=arm)
+            panel.set_xlabel("step")
+            _percent(panel, title)
+        panels[0].legend(ncols=2)
         return _save(figure, path)
 
 

@@ -96,11 +96,11 @@ class Table:
 
     def values(self) -> Floats:
         """(M,) means over all completions of all cells."""
-        return _ratio(self.sums.sum((0, 1)), self.counts.sum((0, 1)))
+        return ratio(self.sums.sum((0, 1)), self.counts.sum((0, 1)))
 
     def by_cell(self) -> Floats:
         """(C, M)"""
-        return _ratio(self.sums.sum(1), self.counts.sum(1))
+        return ratio(self.sums.sum(1), self.counts.sum(1))
 
 
 def tabulate(runs: Mapping[str, Sequence[Sample]], metrics: Sequence[Metric]) -> Table:
@@ -115,16 +115,16 @@ def draws(table: Table, *, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
     """(resamples, M) means over resampled cells and questions; tables of one shape get equal draws."""
     generator = np.random.default_rng(seed)
     cells, questions, _ = table.sums.shape
-    of_cells = _weights(generator, cells, max(1, cells - 1), resamples)
-    of_questions = _weights(generator, questions, questions, resamples)
+    of_cells = weights(generator, cells, max(1, cells - 1), resamples)
+    of_questions = weights(generator, questions, questions, resamples)
     sums, counts = (
         np.einsum("rc,rcm->rm", of_cells, np.tensordot(of_questions, part, (1, 1)))
         for part in (table.sums, table.counts)
     )
-    return _ratio(sums, counts)
+    return ratio(sums, counts)
 
 
-def _weights(generator: np.random.Generator, size: int, drawn: int, resamples: int) -> Floats:
+def weights(generator: np.random.Generator, size: int, drawn: int, resamples: int) -> Floats:
     """(resamples, size) how often each of `size` is drawn when `drawn` are."""
     picks = (generator.integers(size, size=drawn) for _ in range(resamples))
     return np.stack([np.bincount(pick, minlength=size) for pick in picks]).astype(np.float64)
@@ -177,6 +177,7 @@ def _only(table: Table, cells: Sequence[str]) -> Table:
     return Table(tuple(cells), table.metrics, table.sums[places], table.counts[places])
 
 
-def _ratio(sums: Floats, counts: Floats) -> Floats:
+def ratio(sums: Floats, counts: Floats) -> Floats:
+    """NaN where nothing was counted."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(counts > 0, sums / counts, np.nan)

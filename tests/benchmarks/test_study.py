@@ -241,6 +241,8 @@ def test_tables_and_figures_of_finished_runs(experiment, tmp_path: Path, monkeyp
         ]
         job.folder.mkdir(parents=True)
         write_samples(job.folder / "samples.json", {"test": samples, "shifted": samples})
+        steps = [{"answer/symbolic": right, "failures/early": 0.1, "valid_steps": 0.8, "far": None}] * 12
+        (job.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
     result = Result("study", suite_study.cases(quick=True)[0].settings)
     ours, paper = suite_study.summary([result])
     assert [row[0] for row in ours.rows] == ["base", "SFT", "GRPO", "GDPO", "MRPO", "telescoped"]
@@ -250,7 +252,26 @@ def test_tables_and_figures_of_finished_runs(experiment, tmp_path: Path, monkeyp
     difference = details["Paired differences, test questions"].rows[2]
     assert difference[0] == "MRPO - GRPO"
     assert difference[1].endswith("p 0.12, 4/4")  # 2 of 16 sign patterns
+    learning = {tuple(row[:2]): row[2:] for row in details["While they learn"].rows}
+    assert learning["GRPO", "accuracy"] == ["50.0"] * 4
+    assert learning["MRPO - GRPO", "accuracy"] == ["+40.0 [+40.0, +40.0], p 0.12, 4/4"] * 4
+    assert details["While they learn"].header[2:] == [f"steps {i} to {i + 2}" for i in (1, 4, 7, 10)]
+    assert "reversed penalty - MRPO" in [row[0] for row in details["While ablations learn"].rows]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in suite_study.plots([result], tmp_path / "out"))
+
+
+def test_windows_and_their_differences_by_hand() -> None:
+    from study.learning import learning_difference, windows
+
+    nan = float("nan")
+    first = windows({"a": [0, 2, 4, 6, 8], "b": [1, 1, 1, 1, nan]}, 2)
+    second = windows({"a": [1, 3, 5, 8, 8], "b": [1, 1, 1, 5, 3]}, 2)
+    assert [(window.first, window.last) for window in first] == [(1, 3), (4, 5)]
+    assert [window.by_cell.tolist() for window in first] == [[2, 1], [7, 1]]
+    difference = learning_difference(first[1], second[1])
+    assert difference.estimate.value == pytest.approx((1 + 3) / 2)
+    assert (difference.estimate.low, difference.estimate.high) == (1, 3)  # of two cells one is drawn
+    assert (difference.p, difference.higher, difference.cells) == (0.5, 2, 2)
 
 
 def part(prompt: int, effect: float, *advantages: float, tokens: int = 1):
