@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from study.statistics import Difference
 
-from mrpo.estimates import Estimate
+from mrpo.estimates import Estimate, Floats
 from mrpo.metrics import NUM_BINS, STAGES
 from mrpo.report.page.paper import ACCURACY, CASCADE_BACKBONE, EARLIEST_FAR, SOURCE, STAGE_SHARES
 from mrpo.report.page.paper import METHODS as PAPER_METHODS
@@ -102,7 +102,7 @@ def draw_incorrect(found: Estimates, path: Path) -> Path:
         return _save(figure, path)
 
 
-def draw_learning(found: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
+def draw_learning(found: Mapping[str, Mapping[str, Floats]], path: Path) -> Path:
     """A panel for each metric, its values at every step by arm, as means of the steps around."""
     with figure_style():
         figure, panels = _panels([1.0] * len(found))
