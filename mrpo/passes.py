@@ -22,6 +22,8 @@ from mrpo.packing import CostModel, GroupSize, PlannedPass, plan_passes, split_e
 from mrpo.records import EncodedPrompt
 from mrpo.runtime import Runtime
 
+# Of the dense form's FLOPs: above this, sharing prompts saves less than its attention costs beside causal attention.
+_WORTHWHILE = 0.95
 TILE = 128  # keys and queries that FlexAttention and flash-attention compute at once
 
 
@@ -115,7 +117,7 @@ class Planner:
             planned = plan_passes([share.sizes for share in shares], self._cost, _budget(shares), move=False)
             packed = sum(piece.cost for passes in planned for passed in passes for piece in passed)
             dense = sum(self._cost.dense(chunk) for share in shares for chunk in _chunks(share.sizes, shares))
-            self._packing = "shared_prefix" if packed <= dense else "dense"
+            self._packing = "shared_prefix" if packed <= _WORTHWHILE * dense else "dense"
             self.messages.append(
                 f"update.packing=auto: {self._packing}, {packed / dense:.2f} of the dense form's FLOPs"
             )

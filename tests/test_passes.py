@@ -163,19 +163,20 @@ def test_rows_without_tokens_are_in_no_pass(processor: Processor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plans", "choice"),
+    ("plans", "tile", "choice"),
     [
-        ([MIXED[0], MIXED[2]], "shared_prefix"),
+        ([MIXED[0], MIXED[2]], 128, "shared_prefix"),
         # Nothing is shared, and the dense form has nothing to pad.
-        ([replace(TEXT, completions=1)] * 2, "dense"),
+        ([replace(TEXT, completions=1)] * 2, 128, "dense"),
+        ([replace(TEXT, completions=1)] * 2, None, "dense"),  # the same FLOPs, by a dearer attention
     ],
 )
 def test_auto_chooses_the_cheaper_form_and_says_so_once(
-    processor: Processor, plans: list[GroupPlan], choice: str
+    processor: Processor, plans: list[GroupPlan], tile: int | None, choice: str
 ) -> None:
     rows = flat(make_groups(processor, plans))
     rows = [replace(row, token_ids=row.token_ids[:1] * 6, weights=torch.ones(6)) for row in rows]
-    planner = Planner(Config(), processor, ThreadRuntime(0, Meeting(1), CPU), replace(COST, tile=128))  # type: ignore[arg-type]
+    planner = Planner(Config(), processor, ThreadRuntime(0, Meeting(1), CPU), replace(COST, tile=tile))  # type: ignore[arg-type]
     assert all(passed.packed == (choice == "shared_prefix") for passed in planner.plan(rows))
     planner.plan(rows)
     [message] = planner.messages

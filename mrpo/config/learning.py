@@ -37,7 +37,7 @@ class UpdateConfig(Section):
     packing: Literal["auto", "shared_prefix", "dense"] = Field(
         "auto",
         description="shared_prefix: a prompt once, its completions behind it; dense: a prompt for every completion, in "
-        "micro-batches of optim.micro_batch_size; auto: the cheaper one by FLOPs",
+        "micro-batches of optim.micro_batch_size; auto: the first if it saves 5 % of the FLOPs",
     )
     token_budget: Positive = Field(
         8192, description="Tokens of a packed forward and backward pass of one process; larger groups are split"
