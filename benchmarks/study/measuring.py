@@ -75,8 +75,10 @@ def measure(
     of = load(config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})}), batch=batch)
     results: dict[str, list[Sample]] = {name: [] for name in sets}
     for name, (data, sampled) in sets.items():
-        for first in range(0, len(data), batch):
-            examples = data[first : first + batch]
+        # Chains of one kind of question are about equally long, and a batch takes as long as its longest.
+        ordered = sorted(data[:], key=lambda example: example.metadata["question"]["kind"])
+        for first in range(0, len(ordered), batch):
+            examples = ordered[first : first + batch]
             prompts = [of.processor.encode_prompt(example) for example in examples]
             seeds = tuple(derive_seed("measure", example.id) for example in examples)
             for count, temperature in ((1, 0.0), (sampled, rollout.temperature)):

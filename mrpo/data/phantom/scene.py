@@ -74,7 +74,7 @@ class Scene:
 
     def to_facts(self) -> dict[str, Any]:
         """The scene as plain JSON values; `from_facts` turns them back."""
-        return {**asdict(self), "organs": [asdict(organ) for organ in self.organs]}
+        return {**vars(self), "organs": [asdict(organ) for organ in self.organs]}
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Scene:
