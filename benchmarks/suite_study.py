@@ -69,7 +69,20 @@ def _measure(experiment: Experiment) -> list[Measured]:
         run_jobs(jobs, workers=os.cpu_count() or 1, log=experiment.folder / "log.txt", report=_report)
         for job in jobs:
             seconds.setdefault(job.name.rpartition(" ")[0], []).append(job.seconds() or 0.0)
-    return [Measured(name, median(found), min(found), max(found), len(found)) for name, found in seconds.items()]
+    return measured_arms(experiment, seconds)
+
+
+def measured_arms(experiment: Experiment, seconds: Mapping[str, Sequence[float]]) -> list[Measured]:
+    """Every arm with the seconds of its runs and, of the methods, estimates on both sets: [value, low, high]."""
+    values: dict[str, dict[str, list[float | None]]] = {}
+    for arm in _finished(experiment):
+        for name in ("test", "shifted"):
+            found = estimates(tabulate(experiment.samples(arm, name), METRICS))
+            values.setdefault(arm, {}).update({f"{name} {k}": [e.value, e.low, e.high] for k, e in found.items()})
+    return [
+        Measured(name, median(found), min(found), max(found), len(found), values=values.get(name, {}))
+        for name, found in seconds.items()
+    ]
 
 
 def _report(job: Job, seconds: float) -> None:
@@ -77,17 +90,21 @@ def _report(job: Job, seconds: float) -> None:
 
 
 def figures(result: Result) -> dict[str, dict[str, float]]:
-    """By arm, the estimates on test questions."""
-    experiment = _experiment(result.settings["size"])
-    found = {arm: estimates(tabulate(experiment.samples(arm, "test"), METRICS)) for arm in _finished(experiment)}
-    return {arm: {key: e.value for key, e in of.items() if e.value is not None} for arm, of in found.items()}
+    """By method, the estimates on test questions."""
+    return {
+        one.name: {
+            name.removeprefix("test "): value
+            for name, (value, _, _) in one.values.items()
+            if name.startswith("test ") and value is not None
+        }
+        for one in result.measured
+        if one.values
+    }
 
 
 def summary(results: Sequence[Result]) -> list[Table]:
     """The methods with their intervals, and the paper's numbers for the same quantities."""
-    return [
-        table for result in results if not result.failure for table in _summary(_experiment(result.settings["size"]))
-    ]
+    return [table for result in results if not result.failure for table in (_summary(result), _paper_table())]
 
 
 def details(results: Sequence[Result], machine: Mapping[str, Any]) -> list[Table]:
@@ -107,31 +124,26 @@ def _experiment(size: str) -> Experiment:
     return Experiment(PLANS[size], Path(folder).absolute())
 
 
-def _experiments(results: Sequence[Result]) -> list[Experiment]:
-    return [_experiment(result.settings["size"]) for result in results if not result.failure]
-
-
 def _finished(experiment: Experiment, arms: Iterable[str] = ARMS) -> list[str]:
     return [arm for arm in arms if experiment.samples(arm, "test")]
 
 
-def _summary(experiment: Experiment) -> list[Table]:
-    arms = _finished(experiment)
-    test = {arm: estimates(tabulate(experiment.samples(arm, "test"), METRICS)) for arm in arms}
-    shifted = {arm: estimates(tabulate(experiment.samples(arm, "shifted"), METRICS)) for arm in arms}
+def _summary(result: Result) -> Table:
     keys = ("valid_steps", "fully_valid", "early_of_all", "early_sampled", "early_of_failures", "far", "far_bin1")
+    columns = ("test accuracy", "shifted accuracy", *(f"test {key}" for key in keys))
     names = {metric.key: metric.name for metric in METRICS}
     rows = [
-        [arm, _cell(test[arm]["accuracy"]), _cell(shifted[arm]["accuracy"]), *(_cell(test[arm][k]) for k in keys)]
-        for arm in arms
+        [arm, *(_cell(Estimate(*result[arm].values[column])) for column in columns)]
+        for arm in ARMS
+        if result[arm].values
     ]
-    plan = experiment.plan
+    plan = PLANS[result.settings["size"]]
     note = (
         f"Percent, 95 % intervals over cells and questions; {plan.warm_starts} x {plan.seeds} warm starts and seeds; "
         f"{plan.steps} steps of 128 completions; {plan.questions} test, {plan.shifted_questions} shifted questions."
     )
     header = ["", "accuracy", "accuracy, shifted", *(names[key] for key in keys)]
-    return [Table("The study on phantom data", header, rows, note), _paper_table()]
+    return Table("The study on phantom data", header, rows, note)
 
 
 def _paper_table() -> Table:

@@ -243,7 +243,10 @@ def test_tables_and_figures_of_finished_runs(experiment, tmp_path: Path, monkeyp
         write_samples(job.folder / "samples.json", {"test": samples, "shifted": samples})
         steps = [{"answer/symbolic": right, "failures/early": 0.1, "valid_steps": 0.8, "far": None}] * 12
         (job.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
-    result = Result("study", suite_study.cases(quick=True)[0].settings)
+    names = dict.fromkeys(job.name.rpartition(" ")[0] for job in jobs)
+    measured = suite_study.measured_arms(experiment, {name: [1.0, 2.0] for name in names})
+    result = Result("study", suite_study.cases(quick=True)[0].settings, measured)
+    assert suite_study.figures(result)["MRPO"]["accuracy"] == pytest.approx(0.9, abs=0.08)
     ours, paper = suite_study.summary([result])
     assert [row[0] for row in ours.rows] == ["base", "SFT", "GRPO", "GDPO", "MRPO", "telescoped"]
     assert [row[0] for row in paper.rows] == ["base", "SFT", "GRPO", "GDPO", "MRPO"]
