@@ -52,3 +52,14 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
         {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "judge/")) and k != "tokens_per_s"}
         for line in lines
     ]
+
+
+def processes_naming(part: str) -> list[str]:
+    """Command lines of running processes that name this."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return [line for line in lines if part in line]

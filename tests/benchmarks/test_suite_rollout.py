@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import processes_naming
 
 ROOT = Path(__file__).parents[2]
 TINY = '''"""The suite `rollout` at a tiny size."""
@@ -338,15 +339,4 @@ def test_every_way_samples_what_the_weights_say(tmp_path: Path) -> None:
     else:
         assert found["ours, vLLM"]["failure"] == synced["failure"] == "not installed (pip install mrpo[vllm])"
     assert {"rollout-ways.png", "rollout-sweeps.png"} < {path.name for path in (tmp_path / "out").iterdir()}
-    assert not _alive(str(tmp_path / "benchmarks")), "processes were left behind"
-
-
-def _alive(part: str) -> list[str]:
-    """Command lines of running processes that name this."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in lines if part in line]
+    assert not processes_naming(str(tmp_path / "benchmarks")), "processes were left behind"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import processes_naming
 
 ROOT = Path(__file__).parents[2]
 TINY = '''"""The suite `step` at a tiny size."""
@@ -241,15 +242,4 @@ def test_every_way_computes_the_same_and_asks_once(tmp_path: Path) -> None:
     assert max(found[name]["error"] for name in expected) > 0, "nothing was compared"
     assert {one["name"] for one in pair["measured"]} == {"GRPO", "MRPO"}
     assert "step-stages.png" in {path.name for path in (tmp_path / "out").iterdir()}
-    assert not _alive(str(tmp_path / "benchmarks")), "processes were left behind"
-
-
-def _alive(part: str) -> list[str]:
-    """Command lines of running processes that name this."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in lines if part in line]
+    assert not processes_naming(str(tmp_path / "benchmarks")), "processes were left behind"
