@@ -12,8 +12,7 @@ from model_folders import examples
 from step_setting import AHEAD, FROZEN, GRPO, LORA_RANK, MICRO_BATCH, MRPO, Setting
 from step_way import CountingScorer, Sampled, compared_names, compared_part, plain_name, same_adapters
 
-from mrpo import shaping
-from mrpo import trainer as trainer_module
+from mrpo import judged_rows, shaping
 from mrpo.backbones import load_model, load_processor
 from mrpo.batching import Row
 from mrpo.config import Config
@@ -106,7 +105,7 @@ class OurWay:
             with stopwatch.measure("shaping"):
                 return shape(*arguments)
 
-        vars(trainer_module)["token_advantages"] = timed
+        vars(judged_rows)["token_advantages"] = timed
 
     @property
     def trainer(self) -> Trainer:

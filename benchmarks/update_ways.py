@@ -119,7 +119,8 @@ class Ways:
             loss, logprobs, *_ = self._module(self._batch(passed))
             return loss, logprobs.detach()
 
-        results = runner.accumulate(planner.plan(rows), PlainEngine(self._module), forward)
+        passes = ((passed, False) for passed in planner.plan(rows))
+        results = runner.accumulate(passes, PlainEngine(self._module), forward)
         self.messages += [*planner.messages, *runner.messages]
         return in_order(results, len(rows))
 

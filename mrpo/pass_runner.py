@@ -7,7 +7,7 @@ ZeRO-2 and 3, and not under ZeRO-3 in log-probabilities. There the run ends and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -34,12 +34,15 @@ class PassRunner:
         Raises:
             UserError: a pass that does not fit the memory cannot be split, or its half does not fit either.
         """
-        return self._run(passes, lambda passed, _: run(passed), undo=lambda: False, can_split=self._zero_stage < 3)
+        source = ((passed, False) for passed in passes)
+        return self._run(source, lambda passed, _: run(passed), undo=lambda: False, can_split=self._zero_stage < 3)
 
     def accumulate(
-        self, passes: Sequence[Pass], engine: Any, forward: Callable[[Pass], tuple[torch.Tensor, T]]
+        self, passes: Iterable[tuple[Pass, bool]], engine: Any, forward: Callable[[Pass], tuple[torch.Tensor, T]]
     ) -> list[tuple[Pass, T]]:
         """What `forward` gives beside the loss of each pass, whose gradients are summed in a DeepSpeed engine.
+
+        A pass comes with whether it is the last, and is asked for when the one before it is done.
 
         Where a backward pass was interrupted, the gradients of all passes are discarded and computed anew: what it left
         behind cannot be told from the rest.
@@ -68,30 +71,37 @@ class PassRunner:
         return self._run(passes, run, undo=undo, can_split=self._zero_stage < 2)
 
     def _run(
-        self, passes: Sequence[Pass], run: Callable[[Pass, bool], T], *, undo: Callable[[], bool], can_split: bool
+        self,
+        source: Iterable[tuple[Pass, bool]],
+        run: Callable[[Pass, bool], T],
+        *,
+        undo: Callable[[], bool],
+        can_split: bool,
     ) -> list[tuple[Pass, T]]:
         """`run` is told whether a pass is the last; `undo` says whether it has undone all passes so far."""
-        queue = deque((passed, False) for passed in passes)
         done: list[tuple[Pass, T]] = []
-        while queue:
-            passed, is_half = queue.popleft()
-            try:
-                done.append((passed, run(passed, not queue)))
-                continue
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-            # The exception held the frames of the pass, and with them its tensors.
-            get_accelerator().empty_cache()
-            halves = passed.halves()
-            if is_half or halves is None or not can_split:
-                raise UserError(self._refusal(passed, reason, can_split=can_split))
-            self._planner.shrink(halves)
-            self.splits += 1
-            self.messages.append(f"a pass of {passed.tokens:,} tokens did not fit the memory and was split: {reason}")
-            queue.extendleft((half, True) for half in reversed(halves))
-            if undo():
-                queue.extendleft((earlier, False) for earlier, _ in reversed(done))
-                done.clear()
+        for whole, is_last in source:
+            queue = deque([(whole, False)])
+            while queue:
+                passed, is_half = queue.popleft()
+                try:
+                    done.append((passed, run(passed, is_last and not queue)))
+                    continue
+                except torch.OutOfMemoryError as error:
+                    reason = str(error).splitlines()[0]
+                # The exception held the frames of the pass, and with them its tensors.
+                get_accelerator().empty_cache()
+                halves = passed.halves()
+                if is_half or halves is None or not can_split:
+                    raise UserError(self._refusal(passed, reason, can_split=can_split))
+                self._planner.shrink(halves)
+                self.splits += 1
+                split = f"a pass of {passed.tokens:,} tokens did not fit the memory and was split: {reason}"
+                self.messages.append(split)
+                queue.extendleft((half, True) for half in reversed(halves))
+                if undo():
+                    queue.extendleft((earlier, False) for earlier, _ in reversed(done))
+                    done.clear()
         return done
 
     def _refusal(self, passed: Pass, reason: str, *, can_split: bool) -> str:

@@ -6,11 +6,11 @@ gradients over processes, hence the factor `world_size`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -40,7 +40,10 @@ from mrpo.update_stats import (
 )
 from mrpo.weights import checkpoint_weights
 
-__all__ = ["STAT_NAMES", "NonFiniteLossError", "Policy", "UpdateStats", "work_metrics"]
+__all__ = ["STAT_NAMES", "NonFiniteLossError", "Part", "Policy", "UpdateStats", "work_metrics"]
+
+# Rows of an update, and whether they are the last.
+Part: TypeAlias = tuple[Sequence[Row], bool]
 
 
 class Policy:
@@ -119,9 +122,14 @@ class Policy:
         return list(rows)
 
     def update(self, rows: Sequence[Row], lr: float) -> UpdateStats:
-        """One optimizer step on `rows`. Every process must call this at the same time, with rows or without.
+        """`update_in_parts` on rows that are all there."""
+        return self.update_in_parts([(rows, True)], lr)
 
-        Rows that cannot move the loss are not computed: all their weights are 0 or, without a KL term, advantages.
+    def update_in_parts(self, parts: Iterable[Part], lr: float) -> UpdateStats:
+        """One optimizer step on the rows of all parts, each computed as soon as it is there.
+
+        Every process must call this at the same time, with equally many parts, whether they have rows or not. Rows that
+        cannot move the loss are not computed: all their weights are 0 or, without a KL term, advantages.
 
         Raises:
             NonFiniteLossError: the loss is not finite on any process; no weight has changed.
@@ -130,9 +138,7 @@ class Policy:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         splits = self._runner.splits
-        used = [row for row in rows if computed_tokens(row).any()]
-        passes = self._planner.plan(used, move=True, images=any(row.prompt.images for row in rows))
-        results = self._runner.accumulate(passes, self.engine, self._forward)
+        results = self._runner.accumulate(self._passes(parts), self.engine, self._forward)
         self._require_finite(results)
         own_norm = self._plain_grad_norm()
         self.engine.step()
@@ -140,7 +146,7 @@ class Policy:
             sums=stat_sums(results),
             work=work(results, self._runner.splits - splits),
             grad_norm=float(self.engine.get_global_grad_norm() if own_norm is None else own_norm),
-            mismatch=mismatch(rows, results),
+            mismatch=mismatch(results),
             messages=self._take_messages(),
         )
 
@@ -174,6 +180,16 @@ class Policy:
                 if place >= 0:
                     logprobs[place] = values
         return logprobs
+
+    def _passes(self, parts: Iterable[Part]) -> Iterator[tuple[Pass, bool]]:
+        """The passes of an update, and whether they are the last."""
+        for rows, is_last in parts:
+            used = [row for row in rows if computed_tokens(row).any()]
+            if not is_last and not self._runtime.any(bool(used)):
+                continue
+            passes = self._planner.plan(used, move=True, images=any(row.prompt.images for row in rows))
+            for passed in passes:
+                yield passed, is_last and passed is passes[-1]
 
     def _forward(self, passed: Pass) -> tuple[torch.Tensor, PassResult]:
         batch = self._batch(passed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,17 @@ class Scorer:
         steps = tuple(find_steps(completion.token_ids, self._tokenizer, think_tag=self._think_tag))
         answer = extract_answer(completion.text, think_tag=self._think_tag)
         return submit_parsed(ParsedCompletion(example, completion, steps, answer), self._judge)
+
+    def judged_groups(self, groups: Sequence[Sequence[PendingScore]]) -> list[int]:
+        """Which of `groups` have all their verdicts, in order; waits until there is one, unless there are no groups."""
+        began = time.perf_counter()
+        while True:
+            awaited = [[item.verdict for item in group if not item.verdict.done()] for group in groups]
+            judged = [i for i, verdicts in enumerate(awaited) if not verdicts]
+            if judged or not groups:
+                self._waited += time.perf_counter() - began
+                return judged
+            wait((verdict for verdicts in awaited for verdict in verdicts), return_when=FIRST_COMPLETED)
 
     def collect(self, pending: Sequence[PendingScore]) -> list[ScoredCompletion]:
         """Waits for the verdicts and computes the rewards, in order.

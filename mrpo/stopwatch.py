@@ -14,13 +14,18 @@ class Stopwatch:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Adds the time that the block takes to `stage`, whether it ends well or not."""
-        began = time.perf_counter()
+    def measure(self, stage: str, apart_from: str = "") -> Iterator[None]:
+        """Adds the time that the block takes to `stage`, whether it ends well or not.
+
+        Args:
+            apart_from: a stage measured inside of the block, whose time there does not count for this one.
+        """
+        began, before = time.perf_counter(), self._seconds.get(apart_from, 0.0)
         try:
             yield
         finally:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - began
+            other = self._seconds.get(apart_from, 0.0) - before
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - began - other
 
     def take(self) -> dict[str, float]:
         """The seconds of every stage since the last call."""

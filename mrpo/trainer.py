@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from mrpo import algorithms
 from mrpo.batching import Row
 from mrpo.checkpoint import CheckpointStore, TrainerState
 from mrpo.config import Config
 from mrpo.data.targets import sft_target
 from mrpo.errors import UserError
 from mrpo.judge.stats import merge_stats
-from mrpo.policy import NonFiniteLossError, Policy
-from mrpo.records import Example, Group, ScoredCompletion, Unjudged
+from mrpo.judged_rows import JudgedRows
+from mrpo.policy import NonFiniteLossError, Part, Policy
+from mrpo.records import Example, Group, ScoredCompletion
 from mrpo.rollout import RolloutEngine
 from mrpo.runtime import Runtime
 from mrpo.samples import sample_record, save_images
 from mrpo.sampling import Sampled, Sampler, token_weights
 from mrpo.schedule import learning_rate
-from mrpo.scoring import Scorer, columns, score_table
+from mrpo.scoring import Scorer
 from mrpo.seeding import derive_seed
-from mrpo.shaping import token_advantages
 from mrpo.step_metrics import score_metrics, update_metrics
 from mrpo.stopwatch import Stopwatch
 from mrpo.telemetry import RunLog
@@ -88,19 +87,14 @@ class Trainer:
         newest = min(step + self.config.rollout.ahead, self.total_steps - 1)
         self._waiting.extend(self._sampler.sample(later) for later in range(step + len(self._waiting), newest + 1))
         sampled = self._waiting.popleft()
-        with self._stopwatch.measure("judge_wait"):
-            scored = self.scorer.collect(sampled.pending)
-        table = columns(self.runtime.gather_rows(score_table(scored, self.config.advantage.tau)))
-        self._check_judged(table["unjudged"], scored)
-        shaped = token_advantages(self.config, scored, self._mine(self._group_advantages(table)))
-        rows = [replace(row, advantages=values) for row, values in zip(sampled.rows, shaped, strict=True)]
+        judged = JudgedRows(self.config, self.runtime, self.scorer, self._stopwatch, sampled)
         lr = learning_rate(self.config.optim, step, self.total_steps)
-        stats = self._update(rows, lr, step)
-        self._log_samples(step, sampled.groups, scored, rows)
+        stats = self._update(judged.parts(), judged.rows, lr, step)
+        self._log_samples(step, sampled.groups, judged.scored, judged.rows)
         metrics = update_metrics(stats, lr, self.runtime)
         del metrics["nll"]  # of the tokens with an advantage alone
         judge = merge_stats(self.runtime.gather_objects(self.scorer.judge_stats()))
-        return score_metrics(table, self.config) | metrics | judge
+        return score_metrics(judged.table, self.config) | metrics | judge
 
     def _sft_step(self, step: int) -> dict[str, float]:
         """One step of supervised fine-tuning: the loss of the target's tokens, advantage 1 and ratio 1."""
@@ -110,27 +104,17 @@ class Trainer:
         weights = token_weights(self.config, self.runtime, [len(t) for t in targets], [True] * len(targets))
         rows = [Row(p, t, torch.ones(len(t)), w) for p, t, w in zip(prompts, targets, weights, strict=True)]
         lr = learning_rate(self.config.optim, step, self.total_steps)
-        metrics = update_metrics(self._update(rows, lr, step), lr, self.runtime)
+        metrics = update_metrics(self._update([(rows, True)], rows, lr, step), lr, self.runtime)
         del metrics["kl"], metrics["clip/low"], metrics["clip/high"]  # nothing is clipped, and there is no reference
         return metrics | {"loss": metrics.pop("nll")}
 
-    def _group_advantages(self, table: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(B,) advantages of the global batch."""
-        shape = (-1, self.config.rollout.group_size)
-        parts = (table[name].view(shape) for name in ("answer", "process", "length"))
-        return algorithms.advantages(self.config, *parts).flatten()
-
-    def _mine(self, values: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a tensor over the global batch."""
-        size = len(values) // self.runtime.world_size
-        return values[self.runtime.rank * size :][:size]
-
-    def _update(self, rows: list[Row], lr: float, step: int) -> UpdateStats:
-        """The optimizer steps on `rows`, after which the engine has the new weights."""
+    def _update(self, parts: Iterable[Part], rows: list[Row], lr: float, step: int) -> UpdateStats:
+        """The optimizer steps, the first on `parts` of `rows` as they come; then the engine has the new weights."""
         try:
-            with self._stopwatch.measure("update"):
+            with self._stopwatch.measure("update", apart_from="judge_wait"):
                 for _ in range(self.config.loss.updates_per_rollout):
-                    stats = self.policy.update(rows, lr)
+                    stats = self.policy.update_in_parts(parts, lr)
+                    parts = [(rows, True)]
                     for message in stats.messages:
                         self.log.message(message)
         except NonFiniteLossError as error:
@@ -141,17 +125,6 @@ class Trainer:
             with self._stopwatch.measure("sync"):
                 self.engine.sync(self.policy.weights)
         return stats
-
-    def _check_judged(self, unjudged: torch.Tensor, scored: Sequence[ScoredCompletion]) -> None:
-        share, limit = unjudged.mean().item(), self.config.judge.max_unjudged
-        if share > limit:
-            reasons = [item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged)]
-            # The process that tells it may have had an answer to every request of its own.
-            told = next(reason for reason in self.runtime.gather_objects(next(iter(reasons), None)) if reason)
-            raise UserError(
-                f"the judge left {share:.0%} of a step's completions unjudged, above judge.max_unjudged={limit:.0%}: "
-                f"{told}; mend the judge and go on with --resume, which asks again for what is missing"
-            )
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0

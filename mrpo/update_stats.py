@@ -91,11 +91,10 @@ def _pass_sums(passed: Pass, result: PassResult) -> torch.Tensor:
     return torch.stack([sums[name].double() for name in STAT_NAMES])
 
 
-def mismatch(rows: Sequence[Row], results: Sequence[tuple[Pass, PassResult]]) -> torch.Tensor:
-    """`UpdateStats.mismatch`: one row over all computed tokens, if `rows` have the sampler's log-probabilities."""
-    if not any(row.sampler_logprobs is not None for row in rows):
-        return torch.zeros(0, 6, dtype=torch.float64)
-    trainer, sampler = [torch.empty(0)], [torch.empty(0)]
+def mismatch(results: Sequence[tuple[Pass, PassResult]]) -> torch.Tensor:
+    """`UpdateStats.mismatch`: one row over all computed tokens that have the sampler's log-probabilities, if any."""
+    trainer: list[torch.Tensor] = []
+    sampler: list[torch.Tensor] = []
     for passed, result in results:
         own = result.logprobs.cpu().split([len(row.token_ids) for row in passed.rows])
         for row, values in zip(passed.rows, own, strict=True):
@@ -103,4 +102,6 @@ def mismatch(rows: Sequence[Row], results: Sequence[tuple[Pass, PassResult]]) ->
                 computed = computed_tokens(row)
                 trainer.append((values if row.old_logprobs is None else row.old_logprobs)[computed])
                 sampler.append(row.sampler_logprobs[computed])
+    if not trainer:
+        return torch.zeros(0, 6, dtype=torch.float64)
     return mismatch_row(torch.cat(trainer), torch.cat(sampler))[None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,10 @@ def make_runner(zero_stage: int = 0) -> tuple[PassRunner, PlannerStandIn]:
     return PassRunner(planner, zero_stage), planner  # type: ignore[arg-type]
 
 
+def marked(*passes: Pass) -> Iterator[tuple[Pass, bool]]:
+    return ((passed, passed is passes[-1]) for passed in passes)
+
+
 def forward(passed: Pass) -> tuple[torch.Tensor, int]:
     return torch.tensor(float(passed.tokens)), passed.tokens
 
@@ -89,10 +93,40 @@ def test_a_pass_is_split_in_two_and_told() -> None:
 def test_an_interrupted_backward_pass_counts_nothing_twice() -> None:
     engine = EngineStandIn(torn={14})
     runner, _ = make_runner()
-    results = runner.accumulate([make_pass(20), make_pass(6, 5), make_pass(1)], engine, forward)
+    results = runner.accumulate(marked(make_pass(20), make_pass(6, 5), make_pass(1)), engine, forward)
     assert engine.total == 23 + (9 + 8) + 4 == sum(tokens for _, tokens in results)
     assert engine.boundaries[-1]
     assert not any(engine.boundaries[:-1])
+
+
+def test_a_pass_is_asked_for_when_the_one_before_it_is_done() -> None:
+    engine = EngineStandIn()
+    runner, _ = make_runner()
+    totals: list[float] = []
+
+    def source() -> Iterator[tuple[Pass, bool]]:
+        for passed in (make_pass(20), make_pass(6, 5)):
+            totals.append(engine.total)
+            yield passed, bool(totals[1:])
+
+    runner.accumulate(source(), engine, forward)
+    assert totals == [0, 23]
+    assert engine.boundaries == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("torn", "tokens", "boundaries"),
+    [(26, [12, 17, 14], [False, False, False, True]), (14, [26, 9, 8], [False, True, False, False, True])],
+)
+def test_nothing_but_the_last_of_what_became_of_the_last_pass_ends_an_update(
+    torn: int, tokens: list[int], boundaries: list[bool]
+) -> None:
+    engine = EngineStandIn(torn={torn})
+    runner, _ = make_runner()
+    results = runner.accumulate(marked(make_pass(9, 8, 6), make_pass(6, 5)), engine, forward)
+    assert [count for _, count in results] == tokens
+    assert engine.total == sum(tokens)
+    assert engine.boundaries == boundaries
 
 
 def test_what_was_done_is_kept_when_a_forward_pass_fails() -> None:
@@ -106,7 +140,7 @@ def test_what_was_done_is_kept_when_a_forward_pass_fails() -> None:
             raise torch.OutOfMemoryError("no memory")
         return forward(passed)
 
-    runner.accumulate([make_pass(20), make_pass(6, 5)], engine, failing)
+    runner.accumulate(marked(make_pass(20), make_pass(6, 5)), engine, failing)
     assert calls == [23, 14, 9, 8]
     assert engine.total == 23 + 9 + 8
 
@@ -128,5 +162,5 @@ def test_what_cannot_be_split_names_what_to_change(passed: Pass, zero_stage: int
 def test_in_an_update_gradients_are_shared_inside_a_pass_from_stage_2_on() -> None:
     runner, _ = make_runner(2)
     with pytest.raises(UserError, match="zero_stage=2 does not allow"):
-        runner.accumulate([make_pass(6, 5)], EngineStandIn(torn={14}), forward)
+        runner.accumulate(marked(make_pass(6, 5)), EngineStandIn(torn={14}), forward)
     assert runner.run([make_pass(6, 5)], limited(10))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from grouped_rows import MIXED, GroupPlan, make_groups
+from thread_processes import Meeting, ThreadRuntime
 from tiny_models import build_tiny_model
 
 from mrpo.backbones import Processor, load_processor
@@ -22,42 +22,6 @@ from mrpo.passes import Pass, Planner
 CPU = torch.device("cpu")
 COST = CostModel(token=1000.0, pair=1.0)
 TEXT = GroupPlan(images=(), words=4, completions=2)
-
-
-@dataclass
-class Meeting:
-    """Where threads exchange objects, as processes do."""
-
-    size: int
-    items: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.items = [None] * self.size
-        self.barrier = threading.Barrier(self.size, timeout=30)
-
-    def gather(self, rank: int, item: Any) -> list[Any]:
-        self.items[rank] = item
-        self.barrier.wait()
-        found = list(self.items)
-        self.barrier.wait()
-        return found
-
-
-@dataclass
-class ThreadRuntime:
-    rank: int
-    meeting: Meeting
-    device: torch.device
-
-    @property
-    def world_size(self) -> int:
-        return self.meeting.size
-
-    def gather_objects(self, item: Any) -> list[Any]:
-        return self.meeting.gather(self.rank, item)
-
-    def exchange(self, outgoing: Sequence[Any]) -> list[Any]:
-        return [sent[self.rank] for sent in self.gather_objects(list(outgoing))]
 
 
 @pytest.fixture(scope="module")

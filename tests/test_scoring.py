@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import pytest
-from scored_items import alone, scored
+from scored_items import scored
 
 from mrpo.config import Config
-from mrpo.errors import UserError
-from mrpo.runtime import Runtime
 from mrpo.scoring import COLUMNS, columns, mean_reward, score_table, total_reward
-from mrpo.trainer import Trainer
-
-
-def trainer(**sections: Any) -> Trainer:
-    config = Config.model_validate(sections)
-    unused = cast(Any, None)
-    return Trainer(config, alone(), unused, unused, unused, unused, unused, unused, total_steps=1)
 
 
 def test_a_row_of_the_table() -> None:
@@ -74,14 +64,3 @@ def test_the_mean_reward_is_the_sum_of_the_logged_parts() -> None:
     assert mean_reward(table, WEIGHTED) == pytest.approx(2 * 0.5 + 3 * 0.5 - 4 * 0.25)
     nobody = columns(score_table([scored(None), scored(None)], tau=0.6))
     assert mean_reward(nobody, WEIGHTED) == pytest.approx(-4 * 0.25)
-
-
-def test_too_many_unjudged_stop_the_run_with_the_judges_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of two processes the first has judged all of its own.
-    monkeypatch.setattr(Runtime, "gather_objects", lambda self, item: [None, item])
-    made = trainer(judge={"max_unjudged": 0.4})
-    items = [scored([True]), scored(None)]
-    unjudged = columns(score_table(items, tau=0.6))["unjudged"]
-    with pytest.raises(UserError, match=r"50% .* judge\.max_unjudged=40%: no; mend the judge"):
-        made._check_judged(unjudged, items)
-    trainer(judge={"max_unjudged": 0.5})._check_judged(unjudged, items)

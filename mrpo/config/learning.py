@@ -39,6 +39,11 @@ class UpdateConfig(Section):
         description="shared_prefix: a prompt once, its completions behind it; dense: a prompt for every completion, in "
         "micro-batches of optim.micro_batch_size; auto: the first if it saves 5 % of the FLOPs",
     )
+    streamed: bool = Field(
+        True,
+        description="mrpo, grpo: begin with the prompts that an endpoint has judged while it judges the others; "
+        "gradients are then summed in the order of verdicts, which the last bits show; false: in that of prompts",
+    )
     token_budget: Positive = Field(
         8192, description="Tokens of a packed forward and backward pass of one process; larger groups are split"
     )

@@ -24,17 +24,23 @@ from mrpo.policy import Policy
 from mrpo.runtime import Runtime
 
 SHARES = {1: ((0, 1, 2, 3, 4),), 2: ((0, 2, 3, 4), (1,))}  # groups by process: of two, one has but text
+PARTS = 6
 Failure = Literal["forward", "backward"]
 
 
 def settings(world_size: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and settings of the updates. `family`, `fails` and `lora` are read here, the rest are config fields."""
+    """Names and settings of the updates: `family`, `lora`, `fails` and `in_parts` are read here, the rest is config."""
     yield "lora zero 0", {"lora": True}
     for stage in (0, 1, 2, 3):
         yield f"qwen3_vl zero {stage}", {"deepspeed.zero_stage": stage}
     for stage in (0, 1):
         for fails in ("forward", "backward"):
             yield f"qwen3_vl zero {stage} fails {fails}", {"deepspeed.zero_stage": stage, "fails": fails}
+    for stage in (0, 1, 2, 3):
+        yield f"qwen3_vl zero {stage} in parts", {"deepspeed.zero_stage": stage, "in_parts": True}
+    for stage in (0, 1):
+        setting = {"deepspeed.zero_stage": stage, "in_parts": True, "fails": "backward"}
+        yield f"qwen3_vl zero {stage} in parts fails backward", setting
     yield from alone() if world_size == 1 else together()
 
 
@@ -61,7 +67,7 @@ def together() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def one_update(folder: Path, runtime: Runtime, setting: dict[str, Any]) -> dict[str, Any]:
     family, lora = setting.pop("family", "qwen3_vl"), setting.pop("lora", False)
-    fails = setting.pop("fails", None)
+    fails, in_parts = setting.pop("fails", None), setting.pop("in_parts", False)
     config = make_config(folder / family, setting | ({"model.lora_rank": 2, "model.lora_alpha": 4.0} if lora else {}))
     model = load_model(config.model)
     randomize_adapters(model)
@@ -73,8 +79,10 @@ def one_update(folder: Path, runtime: Runtime, setting: dict[str, Any]) -> dict[
         fail_once(policy, fails)
     parameters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     gradients = spy_on_gradients(policy, parameters)
-    stats = policy.update(rows, lr=1e-3)
+    run: list[int] = []  # passes, when each part was asked for
+    stats = policy.update_in_parts(parts(policy, rows, run), lr=1e-3) if in_parts else policy.update(rows, lr=1e-3)
     return {
+        "passes before parts": run,
         "gradients": gradients,
         "weights": {n: whole(p, config.deepspeed.zero_stage) for n, p in parameters.items()},
         "sums": runtime.sum(stats.sums),
@@ -96,6 +104,24 @@ def make_config(folder: Path, fields: dict[str, Any]) -> Config:
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value
     return Config.model_validate(tree)
+
+
+def parts(policy: Policy, rows: list[Row], run: list[int]) -> Iterator[tuple[list[Row], bool]]:
+    """Rows of one prompt after the other; on two processes some parts are empty, one of them on both."""
+    count = 0
+
+    def passed(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    handle = policy.model.lm_head.register_forward_hook(passed)
+    found = {id(row.prompt): row.prompt for row in rows}.values()
+    *prompts, last = [[row for row in rows if row.prompt is prompt] for prompt in found]
+    shares = [*prompts[:1], *[[]] * (PARTS - len(found)), *prompts[1:], last]
+    for i, share in enumerate(shares):
+        run.append(count)
+        yield share, i == len(shares) - 1
+    handle.remove()
 
 
 def fail_once(policy: Policy, where: Failure) -> None:

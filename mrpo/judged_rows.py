@@ -1,0 +1,117 @@
+"""The second half of a step: verdicts come in, and completions become rows with advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mrpo import algorithms
+from mrpo.batching import Row
+from mrpo.config import Config
+from mrpo.errors import UserError
+from mrpo.records import ScoredCompletion, Unjudged
+from mrpo.runtime import Runtime
+from mrpo.sampling import Sampled
+from mrpo.scoring import Scorer, columns, score_table
+from mrpo.shaping import token_advantages
+from mrpo.stopwatch import Stopwatch
+
+
+@dataclass
+class JudgedRows:
+    """The completions of one step of this process, of which `parts` makes rows as their verdicts arrive.
+
+    Afterwards `rows` and `scored` hold all of them, group by group, and `table` the score table of all processes.
+    """
+
+    config: Config
+    runtime: Runtime
+    scorer: Scorer
+    stopwatch: Stopwatch
+    sampled: Sampled
+    rows: list[Row] = field(init=False)
+    scored: list[ScoredCompletion] = field(init=False, default_factory=list)
+    table: Mapping[str, torch.Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = list(self.sampled.rows)
+
+    def parts(self) -> Iterator[tuple[list[Row], bool]]:
+        """Rows with their advantages, and whether they are the last. Every process must iterate in step, once.
+
+        With `update.streamed` a part is what has been judged by the time that it is asked for, at least one prompt;
+        else it is everything. A process that has no more gives empty parts until the others have none either.
+
+        Raises:
+            UserError: more completions stayed unjudged than `judge.max_unjudged` allows.
+        """
+        size = self.config.rollout.group_size
+        waiting = list(range(0, len(self.rows), size))
+        found: dict[int, list[ScoredCompletion]] = {}
+        # GDPO normalises over the whole batch.
+        streamed = self.config.update.streamed and self.config.algorithm != "gdpo"
+        is_last = False
+        while not is_last:
+            with self.stopwatch.measure("judge_wait"):
+                groups = [self.sampled.pending[first : first + size] for first in waiting]
+                ready = [waiting[i] for i in self.scorer.judged_groups(groups)] if streamed else waiting
+                pending = [self.sampled.pending[i] for first in ready for i in range(first, first + size)]
+                scored = self.scorer.collect(pending)
+            found |= {first: scored[i * size : (i + 1) * size] for i, first in enumerate(ready)}
+            waiting = [first for first in waiting if first not in found]
+            is_last = not self.runtime.any(bool(waiting))
+            if is_last:
+                self._complete(found)
+            yield self._learned(ready, scored), is_last
+
+    def _complete(self, found: Mapping[int, Sequence[ScoredCompletion]]) -> None:
+        self.scored = [item for first in sorted(found) for item in found[first]]
+        self.table = columns(self.runtime.gather_rows(score_table(self.scored, self.config.advantage.tau)))
+        check_judged(self.table["unjudged"], self.scored, self.config, self.runtime)
+
+    def _learned(self, ready: Sequence[int], scored: Sequence[ScoredCompletion]) -> list[Row]:
+        """The rows of the groups that begin at `ready`, with the advantages of `scored`."""
+        if not ready:
+            return []
+        size = self.config.rollout.group_size
+        places = [i for first in ready for i in range(first, first + size)]
+        shaped = token_advantages(self.config, scored, self._advantages(scored))
+        for place, values in zip(places, shaped, strict=True):
+            self.rows[place] = replace(self.rows[place], advantages=values)
+        return [self.rows[place] for place in places]
+
+    def _advantages(self, scored: Sequence[ScoredCompletion]) -> torch.Tensor:
+        """(B,) advantages of `scored`, whole groups."""
+        if self.config.algorithm != "gdpo":
+            return _advantages(self.config, columns(score_table(scored, self.config.advantage.tau)))
+        size = len(scored)
+        return _advantages(self.config, self.table)[self.runtime.rank * size :][:size]
+
+
+def check_judged(unjudged: torch.Tensor, scored: Sequence[ScoredCompletion], config: Config, runtime: Runtime) -> None:
+    """Refuses a step of which the judge told too little. Every process must call this.
+
+    Args:
+        unjudged: (B,) of the global batch, 1 where a completion has no verdict.
+        scored: the completions of this process.
+
+    Raises:
+        UserError: their share is above `judge.max_unjudged`.
+    """
+    share, limit = unjudged.mean().item(), config.judge.max_unjudged
+    if share > limit:
+        reasons = [item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged)]
+        # The process that tells it may have had an answer to every request of its own.
+        told = next(reason for reason in runtime.gather_objects(next(iter(reasons), None)) if reason)
+        raise UserError(
+            f"the judge left {share:.0%} of a step's completions unjudged, above judge.max_unjudged={limit:.0%}: "
+            f"{told}; mend the judge and go on with --resume, which asks again for what is missing"
+        )
+
+
+def _advantages(config: Config, table: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    shape = (-1, config.rollout.group_size)
+    parts = (table[name].view(shape) for name in ("answer", "process", "length"))
+    return algorithms.advantages(config, *parts).flatten()
