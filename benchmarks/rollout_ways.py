@@ -7,12 +7,14 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from harness import device, free_memory, synchronize
 from model_folders import LONGEST_TEXT, picture_side
+from plain_generate import generate
 from rollout_setting import GPU_MEMORY, REFERENCE_MICRO_BATCH, SLEEP_1, SLEEP_2, Setting
 
 from mrpo.backbones import Processor, load_model, load_processor
@@ -53,16 +55,12 @@ class Way(Protocol):
 
 
 class HfWay:
-    """Hugging Face's `generate` on the trained model, in batches of all completions."""
+    """Our engine on the trained model itself, all completions at once."""
 
-    def __init__(self, setting: Setting, batch_size: int | None = None) -> None:
+    def __init__(self, setting: Setting) -> None:
         self.trained = Trained(setting, "hf")
-        self._engine = HFEngine(
-            self.trained.model,
-            self.trained.processor,
-            batch_size=batch_size or setting.max_samples,
-            weights=nullcontext,
-        )
+        trained, count = self.trained, setting.max_samples
+        self._engine = HFEngine(trained.model, trained.processor, batch_size=count, weights=nullcontext)
 
     def start(self) -> dict[str, float]:
         return {}
@@ -77,21 +75,37 @@ class HfWay:
         self._engine.close()
 
 
-class ReferenceWay(HfWay):
-    """As the paper's code: two completions of a prompt at a time, one pair after the other."""
+class ReferenceWay:
+    """As the paper's code: Hugging Face's `generate`, two completions at a time, one pair after the other."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting, REFERENCE_MICRO_BATCH)
+        self.trained = Trained(setting, "hf")
+
+    def start(self) -> dict[str, float]:
+        return {}
 
     def sample(self, prompts: Sequence[EncodedPrompt], params: SamplingParams) -> list[list[Completion]]:
-        groups: list[list[Completion]] = []
-        for number, prompt in enumerate(prompts):
-            groups.append([])
-            while (missing := params.num_completions - len(groups[-1])) > 0:
-                seeds = tuple(seed + len(groups[-1]) for seed in params.seeds[number : number + 1])
-                part = SamplingParams(min(REFERENCE_MICRO_BATCH, missing), params.max_tokens, params.temperature, seeds)
-                groups[-1] += super().sample([prompt], part)[0]
-        return groups
+        return [self._group(prompt, params, seed) for prompt, seed in zip_longest(prompts, params.seeds, fillvalue=0)]
+
+    def _group(self, prompt: EncodedPrompt, params: SamplingParams, seed: int) -> list[Completion]:
+        group: list[Completion] = []
+        while (missing := params.num_completions - len(group)) > 0:
+            group += generate(
+                self.trained.model,
+                self.trained.processor,
+                prompt,
+                count=min(REFERENCE_MICRO_BATCH, missing),
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
+                seed=seed + len(group),
+            )
+        return group
+
+    def sync(self) -> None:
+        """It is the trained model."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class VllmWay:

@@ -10,13 +10,13 @@ Judge client and rewards are ours, and AdamW is PyTorch's without ZeRO: what is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import peers
 import torch
 from model_folders import examples
+from plain_generate import generate
 from step_ours import make_config
 from step_setting import FROZEN, GRPO, REFERENCE_MICRO_BATCH, Setting
 from step_way import CountingScorer, Sampled, compared_names, compared_part, plain_name, same_adapters
@@ -28,8 +28,6 @@ from mrpo.batching import Row, collate
 from mrpo.config import Config
 from mrpo.judge import make_judge
 from mrpo.records import Completion, EncodedPrompt, Example
-from mrpo.rollout import SamplingParams
-from mrpo.rollout.hf import HFEngine
 from mrpo.stopwatch import Stopwatch
 
 
@@ -50,7 +48,6 @@ class ReferenceWay:
         self._processor = own = load_processor(self._config)
         self._model = load_model(self._config.model).to(self._device)
         same_adapters(self._model)
-        self._engine = HFEngine(self._model, own, batch_size=REFERENCE_MICRO_BATCH, weights=nullcontext)
         judge = make_judge(self._config.judge, "phantom")
         self._scorer = CountingScorer(self._config, judge, own.tokenizer, own.think_tag)
         self._examples = examples(Path(setting.model), setting.prompts, setting.image_tokens)
@@ -96,8 +93,15 @@ class ReferenceWay:
         for _ in range(pairs):
             with self._stopwatch.measure("rollout"):
                 self._draws += 1
-                params = SamplingParams(REFERENCE_MICRO_BATCH, self._setting.length, 1.0, (self._draws,))
-                [pair] = self._engine.generate([prompt], params)
+                pair = generate(
+                    self._model,
+                    self._processor,
+                    prompt,
+                    count=REFERENCE_MICRO_BATCH,
+                    max_tokens=self._setting.length,
+                    temperature=1.0,
+                    seed=self._draws,
+                )
             with self._stopwatch.measure("judge"):
                 scored = self._scorer.collect([self._scorer.submit(example, completion) for completion in pair])
             completions += pair

@@ -34,7 +34,8 @@ from rollout_tables import summary as summary
 SOURCES = (
     "mrpo",
     *(f"benchmarks/rollout_{part}.py" for part in ("checks", "driver", "setting", "trl", "ways", "worker")),
-    *(f"benchmarks/{part}.py" for part in ("harness", "model_folders", "random_models", "way_mailbox", "way_process")),
+    *(f"benchmarks/{part}.py" for part in ("harness", "model_folders", "plain_generate", "random_models")),
+    *(f"benchmarks/way_{part}.py" for part in ("mailbox", "process")),
 )
 
 NEEDED_GIB = 100

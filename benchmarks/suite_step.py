@@ -48,6 +48,7 @@ SOURCES = (
     "benchmarks/harness.py",
     "benchmarks/model_folders.py",
     "benchmarks/peers.py",
+    "benchmarks/plain_generate.py",
     "benchmarks/random_models.py",
     "benchmarks/update_ways.py",
     "benchmarks/way_mailbox.py",

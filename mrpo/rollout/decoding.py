@@ -1,0 +1,99 @@
+"""Token by token with a key-value cache: every prompt is computed once, its completions go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+# (logits [B, V], which completions they are of [B]) -> tokens [B]
+Choose: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Share of a batch that has to be finished before it is taken out, which copies the cache of the others.
+_WORTH_DROPPING = 0.125
+
+
+def decode(
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    choose: Choose,
+    *,
+    copies: int,
+    max_tokens: int,
+    end_ids: Collection[int],
+    never_ids: Sequence[int],
+    on_end: Callable[[int, Sequence[int]], None],
+) -> None:
+    """Generates `copies` completions of each of P prompts with a Hugging Face model.
+
+    Args:
+        inputs: of a forward pass over the prompts, padded on the left to L tokens: among them `attention_mask` (P, L)
+            and `position_ids` (P, L), or (A, P, L) where the rotary embedding has A axes.
+        end_ids: tokens that end a completion.
+        never_ids: tokens that are not to be chosen.
+        on_end: is told of each completion when it ends, as its number, prompt by prompt, and its tokens.
+    """
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(copies, dim=0)
+    cache.batch_repeat_interleave(copies)
+    mask = inputs["attention_mask"].repeat_interleave(copies, dim=0)
+    axes = inputs["position_ids"].shape[:-2]
+    # A completion goes on behind its prompt's largest position, on all axes alike.
+    last = inputs["position_ids"].amax(dim=(*range(len(axes)), -1)).repeat_interleave(copies)
+    numbers = torch.arange(len(logits), device=logits.device)
+    tokens: list[list[int]] = [[] for _ in numbers]
+    running = set(range(len(numbers)))
+    for length in range(1, max_tokens + 1):
+        logits[:, list(never_ids)] = -torch.inf
+        chosen = choose(logits, numbers)
+        for number, token in zip(numbers.tolist(), chosen.tolist(), strict=True):
+            if number in running:
+                tokens[number].append(token)
+                if token in end_ids or length == max_tokens:
+                    running.remove(number)
+                    on_end(number, tokens[number])
+        if not running:
+            return
+        if len(running) <= (1 - _WORTH_DROPPING) * len(numbers):
+            kept = torch.tensor([i for i, n in enumerate(numbers.tolist()) if n in running], device=logits.device)
+            cache.batch_select_indices(kept)
+            numbers, chosen, mask, last = (values[kept] for values in (numbers, chosen, mask, last))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = (last + length)[:, None].expand(*axes, -1, -1)
+        output = model(
+            input_ids=chosen[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = output.logits[:, -1]
+
+
+class ExactSampler:
+    """Draws from softmax(logits / temperature), every prompt from a generator of its own.
+
+    The largest of logits / T - log E with E ~ Exp(1) is such a draw.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], copies: int, device: torch.device) -> None:
+        self._temperature = temperature
+        self._copies = copies
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(logits, dtype=torch.float32)
+        prompts = numbers // self._copies
+        for prompt, generator in enumerate(self._generators):
+            places = (prompts == prompt).nonzero()[:, 0]
+            if len(places):
+                # As much for a completion whether or not the others of its prompt are finished.
+                drawn = noise.new_empty(self._copies, logits.shape[1]).exponential_(generator=generator)
+                noise[places] = drawn[numbers[places] % self._copies]
+        return (logits.float() / self._temperature - noise.log()).argmax(dim=-1)
+
+
+def most_likely(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Greedy decoding."""
+    return logits.argmax(dim=-1)
