@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before OpenMP starts: a waiting thread that spins takes the core of a working one.
+# Before OpenMP starts, as in mrpo/train.py: a waiting thread spins briefly, then sleeps.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from harness import free_memory

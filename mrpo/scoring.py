@@ -158,7 +158,8 @@ def collect_scores(
 
 def score_table(scored: Sequence[ScoredCompletion], tau: float) -> torch.Tensor:
     """(B, len(COLUMNS)) float64, one row per completion."""
-    return torch.tensor([[_row(item, tau)[name] for name in COLUMNS] for item in scored], dtype=torch.float64)
+    rows = [_row(item, tau) for item in scored]
+    return torch.tensor([[row[name] for name in COLUMNS] for row in rows], dtype=torch.float64)
 
 
 def total_reward(table: Mapping[str, torch.Tensor], config: Config) -> torch.Tensor:
