@@ -10,8 +10,8 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (_HERE, _HERE.parent)]
 
-# Before OpenMP starts: processes share the cores, and a waiting thread spins for some 10 microseconds, then sleeps. On a
-# quiet machine a small model's step is 1.4 times faster than without; 100 make it 3 times slower where a core is busy.
+# Before OpenMP starts: processes share the cores, and a waiting thread spins for some 10 microseconds, then sleeps.
+# Without, a small model's step takes 1.4 times as long on a quiet machine; with 100, 3 times where a core is busy.
 _CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _CORES)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
