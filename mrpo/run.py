@@ -48,7 +48,8 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 _MAY_CHANGE = (
     "output_dir", "checkpoint", "log", "eval", "update", "optim.steps", "optim.epochs", "optim.micro_batch_size",
     *(f"judge.{name}" for name in sorted(JUDGE_TRANSPORT)),
-    *(f"rollout.{name}" for name in ("servers", "server_timeout", "sync_folder", "gpu_memory", "sleep_level")),
+    *(f"rollout.{name}" for name in ("servers", "server_timeout", "sync_group", "sync_folder")),
+    "rollout.gpu_memory", "rollout.sleep_level",
 )  # fmt: skip
 
 

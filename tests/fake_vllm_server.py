@@ -7,11 +7,16 @@ import http.server
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import safetensors.torch
 import torch
+
+from mrpo.rollout.weight_group import WeightGroup, find_store
+
+WORKERS = 2
 
 # The answer to a request for completions: a list of events, or a status.
 Answer = list[dict[str, Any]] | int
@@ -25,6 +30,9 @@ class FakeServer:
         self.answer = answer
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.weights: dict[str, torch.Tensor] = {}
+        self.broken: set[str] = set()  # calls that fail
+        self.groups: list[WeightGroup] = []
+        self.stores: list[Any] = []
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
@@ -45,9 +53,31 @@ class FakeServer:
     def call(self, method: str, arguments: list[str]) -> Any:
         if method == "mrpo_describe":
             return self.description
+        if method in self.broken:
+            raise RuntimeError("made to fail")
+        if method == "mrpo_find_store":
+            host, port, size = arguments
+            self.stores = [find_store(host, int(port), int(size)) for _ in range(WORKERS)]
+            return None
+        if method == "mrpo_join":
+            # Two workers, as a server with tensor parallelism has: each is a member.
+            first, size, seconds = int(arguments[0]), int(arguments[1]), float(arguments[2])
+            with ThreadPoolExecutor(WORKERS) as pool:
+                self.groups = list(pool.map(lambda i: self._join(i, first + i, size, seconds), range(WORKERS)))
+            return None
+        if method == "mrpo_receive_weights":
+            with ThreadPoolExecutor(WORKERS) as pool:
+                received = list(pool.map(lambda group: dict(group.receive()), self.groups))
+            self.weights = received[0]
+            assert all(torch.equal(received[1][name], tensor) for name, tensor in self.weights.items())
+            return None
         position, content = arguments
         self.weights |= safetensors.torch.load(base64.b64decode(content))
         return position
+
+    def _join(self, worker: int, rank: int, size: int, seconds: float) -> WeightGroup:
+        store, device = self.stores[worker], torch.device("cpu")
+        return WeightGroup(store, rank, size, device, address="127.0.0.1", seconds=seconds)
 
 
 def _handler(server: FakeServer) -> type[http.server.BaseHTTPRequestHandler]:
@@ -59,7 +89,10 @@ def _handler(server: FakeServer) -> type[http.server.BaseHTTPRequestHandler]:
             content = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
             server.asked.append((self.path, content))
             if self.path == "/collective_rpc":
-                self._send({"results": [server.call(content["method"], content["args"])]})
+                try:
+                    self._send({"results": [server.call(content["method"], content["args"])] * WORKERS})
+                except RuntimeError as error:
+                    self._send({"error": {"message": str(error)}}, 500)
             elif self.path.startswith("/reset"):
                 self._send({})
             else:

@@ -33,8 +33,13 @@ class RolloutConfig(Section):
     engine_options: dict[str, Any] = Field(default_factory=dict, description="vllm: further arguments of vllm.LLM")
     servers: list[str] = Field(default_factory=list, description="vllm_server: URLs, as [http://host:8000]")
     server_timeout: float = Field(600.0, gt=0.0, description="vllm_server: seconds without a word from a server")
+    sync_group: bool = Field(
+        True,
+        description="vllm_server: send new weights through a process group with the servers' workers (NCCL; gloo on "
+        "CPUs), for which these must reach the first process; false: over HTTP",
+    )
     sync_folder: Path | None = Field(
-        None, description="vllm_server: folder that trainer and servers share, for new weights; null: sent over HTTP"
+        None, description="vllm_server: folder that trainer and servers share, for new weights instead; null: none"
     )
 
     @model_validator(mode="after")

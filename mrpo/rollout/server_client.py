@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mrpo.errors import UserError
+from mrpo.rollout.weight_group import own_address
 
 _CONNECT_TIMEOUT = 10.0  # seconds
 _REFUSALS = (400, 401, 403, 404, 405, 413, 422)
@@ -25,7 +26,8 @@ class RefusedError(ServerError):
 
 
 class Server:
-    """The server at `url`; `requests` counts those under way, `model` is the name it serves its model under.
+    """The server at `url`; `requests` counts those under way, `model` is the name it serves its model under, and
+    `workers` says how many processes hold it.
 
     Args:
         timeout: seconds without a word from the server.
@@ -41,8 +43,13 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.requests = 0
         self.model = ""
+        self.workers = 0
         self._parts = urlsplit(self.url)
         self._timeout = timeout
+
+    def own_address(self) -> str:
+        """The address of this host on the way to the server. Raises OSError as `get`."""
+        return own_address(self._parts.hostname or "", self._parts.port or 80)
 
     def get(self, path: str) -> Any:
         """The JSON answer to a GET.

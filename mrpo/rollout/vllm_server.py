@@ -2,7 +2,8 @@
 
 A request is a chat with images whose answer holds token ids, so nothing is tokenised twice, and the prompt's ids as the
 server used them, which are compared with ours. Requests go to the server with the fewest under way. New weights are
-written to a folder that trainer and servers share, or sent over HTTP in buckets. `server_command` starts such a server.
+broadcast in a process group with the servers' workers, written to a folder that all share, or sent over HTTP in
+buckets. `server_command` starts such a server.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ import json
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import safetensors.torch
-import torch
 from PIL import Image
 
 from mrpo.backbones import Processor, model_folder
@@ -29,6 +27,7 @@ from mrpo.errors import UserError
 from mrpo.records import Completion, EncodedPrompt
 from mrpo.rollout import OnDone, SamplingParams, Weights
 from mrpo.rollout.server_client import RefusedError, Server, ServerError
+from mrpo.rollout.server_push import make_push
 from mrpo.rollout.vllm_request import (
     LOGPROBS_MODE,
     check_expansion,
@@ -41,7 +40,6 @@ from mrpo.rollout.vllm_request import (
 if TYPE_CHECKING:  # it loads DeepSpeed, which greets on stdout
     from mrpo.runtime import Runtime
 
-BUCKET_BYTES = 1 << 28
 _TRIES = 4
 _MAX_REQUESTS = 64
 # Of a model's configuration, what says which weights fit.
@@ -87,6 +85,8 @@ class VLLMServerEngine:
         self._command = shlex.join(server_command(config, max_images))
         for server in self._servers:
             self._check(server)
+        # The first process sends for all.
+        self._push = make_push(config.rollout, self._servers, runtime.device) if runtime.is_main else None
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams, on_done: OnDone | None = None
@@ -118,13 +118,11 @@ class VLLMServerEngine:
     def sync(self, weights: Weights) -> None:
         """Brings the trained weights to every server; all processes call this, the first one sends."""
         self._runtime.barrier()  # nobody generates any more
-        if not self._runtime.is_main:
+        if self._push is not None:
+            self._push(weights)
+        else:
             for _ in weights():
                 pass
-        elif self._config.rollout.sync_folder is not None:
-            self._sync_by_folder(weights, self._config.rollout.sync_folder)
-        else:
-            self._sync_by_http(weights)
         self._runtime.barrier()
 
     def sleep(self) -> None:
@@ -205,7 +203,8 @@ class VLLMServerEngine:
         start = f"; start it with\n    VLLM_SERVER_DEV_MODE=1 {self._command}"
         try:
             server.model = server.get("/v1/models")["data"][0]["id"]
-            (served, *_) = server.call("mrpo_describe")
+            served, *others = server.call("mrpo_describe")
+            server.workers = 1 + len(others)
         except (OSError, ServerError, KeyError, IndexError, ValueError) as error:
             raise UserError(f"rollout.servers: {server.url} is no server for rollouts: {error}{start}") from error
         problems = self._differences(served)
@@ -229,53 +228,6 @@ class VLLMServerEngine:
                 problems.append(f"runs with {key}={served[key]}, not {right}")
         return problems
 
-    def _sync_by_folder(self, weights: Weights, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        try:
-            for i, bucket in enumerate(buckets(weights())):
-                files.append(folder / f"weights-{i:05d}.safetensors")
-                safetensors.torch.save_file(bucket, files[-1])
-            self._on_all(lambda server: self._load_folder(server, folder.resolve()))
-        finally:
-            for file in files:
-                file.unlink(missing_ok=True)
-
-    def _load_folder(self, server: Server, folder: Path) -> None:
-        server.call("mrpo_load_from_folder", str(folder))
-        server.reset_caches()
-
-    def _sync_by_http(self, weights: Weights) -> None:
-        position, waiting = "first", None
-        for bucket in buckets(weights()):
-            if waiting is not None:
-                self._send(position, waiting)
-                position = "next"
-            waiting = bucket
-        if waiting is not None:
-            self._send("only" if position == "first" else "last", waiting)
-        self._on_all(Server.reset_caches)
-
-    def _send(self, position: str, bucket: dict[str, torch.Tensor]) -> None:
-        content = base64.b64encode(safetensors.torch.save(bucket)).decode()
-        self._on_all(lambda server: server.call("mrpo_receive_bucket", position, content))
-
-    def _on_all(self, act: Callable[[Server], Any]) -> None:
-        """`act` on every server at once.
-
-        Raises:
-            UserError: one of them failed.
-        """
-
-        def guarded(server: Server) -> None:
-            try:
-                act(server)
-            except (OSError, ServerError) as error:
-                raise UserError(f"rollout.servers: {server.url} did not take the new weights: {error}") from error
-
-        with ThreadPoolExecutor(max_workers=len(self._servers)) as pool:
-            list(pool.map(guarded, self._servers))
-
 
 def server_command(config: Config, max_images: int = 1) -> list[str]:
     """The command that starts a server for `config`, to be run with VLLM_SERVER_DEV_MODE=1 in its environment.
@@ -296,22 +248,6 @@ def server_command(config: Config, max_images: int = 1) -> list[str]:
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model_folder(config.model.path), *words]
-
-
-def buckets(
-    weights: Iterator[tuple[str, torch.Tensor]], limit: int = BUCKET_BYTES
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Weights in host memory, in parts of at most `limit` bytes (one weight at least)."""
-    bucket: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = {}, 0
-        bucket[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def _architecture(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from mrpo.rollout.weight_group import WeightGroup, find_store, own_address
+
 
 def load_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Loads a whole checkpoint into the model of a vLLM worker; tensors on its own device never leave it.
@@ -47,6 +49,9 @@ class WeightReceiver:
     """What a server's workers are asked over HTTP; arguments and answers are text."""
 
     _buckets: list[bytes]
+    _host: str
+    _store: Any
+    _weight_group: WeightGroup
 
     def mrpo_describe(self) -> dict[str, Any]:
         """What the server serves, in the words of its configuration."""
@@ -57,6 +62,26 @@ class WeightReceiver:
             "max_model_len": config.max_model_len,
             "logprobs_mode": str(config.logprobs_mode),
         }
+
+    def mrpo_find_store(self, host: str, port: str, size: str) -> None:
+        """Meets the trainer at `host`, `port`, where `size` processes are to form a group."""
+        self._host, self._store = own_address(host, int(port)), find_store(host, int(port), int(size))
+
+    def mrpo_join(self, first: str, size: str, seconds: str) -> None:
+        """Becomes a member of the group of `size`; the first of the server's workers is its member number `first`."""
+        rank: int = int(first) + self.rank  # type: ignore[attr-defined]
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        address, store = self._host, self._store
+        self._weight_group = WeightGroup(store, rank, int(size), device, address=address, seconds=float(seconds))
+
+    def mrpo_receive_weights(self) -> None:
+        """Loads what the trainer sends through the group."""
+        received = self._weight_group.receive()
+        try:
+            load_weights(self, received)
+        finally:
+            for _ in received:  # the trainer and the other members go on
+                pass
 
     def mrpo_load_from_folder(self, folder: str) -> None:
         """Loads the safetensors files of `folder`, in the order of their names."""

@@ -23,8 +23,9 @@ from mrpo.errors import UserError
 from mrpo.records import Completion, EncodedPrompt
 from mrpo.rollout import SamplingParams
 from mrpo.rollout.hf import HFEngine
+from mrpo.rollout.server_push import buckets
 from mrpo.rollout.vllm_request import LOGPROBS_MODE
-from mrpo.rollout.vllm_server import VLLMServerEngine, buckets
+from mrpo.rollout.vllm_server import VLLMServerEngine
 from mrpo.weights import checkpoint_weights
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -35,6 +36,7 @@ class Alone:
 
     rank = 0
     is_main = True
+    device = torch.device("cpu")
 
     def barrier(self) -> None:
         pass
@@ -42,7 +44,8 @@ class Alone:
 
 def _config(*urls: str, **rollout: Any) -> Config:
     # Of a server that does not exist, where only the address counts.
-    return Config.model_validate({"rollout": {"engine": "vllm_server", "servers": urls or ("http://h",), **rollout}})
+    fixed = {"engine": "vllm_server", "servers": urls or ("http://h",), "sync_group": False}
+    return Config.model_validate({"rollout": fixed | rollout})
 
 
 def _engine(config: Config, processor: Processor, waits: list[float] | None = None) -> VLLMServerEngine:
@@ -237,6 +240,40 @@ def test_weights_are_sent_to_all_servers_in_order(description: dict[str, Any], p
         assert after == ["/reset_prefix_cache", "/reset_encoder_cache", "/reset_mm_cache"]
 
 
+def test_weights_are_broadcast_to_the_workers_of_all_servers(description: dict[str, Any], processor: Processor) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(FakeServer(description, lambda request: 500).running()) for _ in range(2)]
+        engine = _engine(_config(*(server.url for server in servers), sync_group=True), processor)
+        for seed in (0, 1):
+            weights = {f"w{i}": torch.full((1000,), float(seed + i)) for i in range(3)}
+            engine.sync(lambda weights=weights: iter(weights.items()))
+            for server in servers:
+                assert server.weights.keys() == weights.keys()
+                assert all(torch.equal(server.weights[name], weights[name]) for name in weights)
+                after = [path for path, _ in server.asked[-4:]]
+                assert after == ["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache", "/reset_mm_cache"]
+
+
+@pytest.mark.parametrize("broken", ["mrpo_find_store", "mrpo_join"])
+def test_where_no_group_can_be_formed_the_way_out_is_named(
+    broken: str, description: dict[str, Any], processor: Processor
+) -> None:
+    with FakeServer(description, lambda request: 500).running() as server:
+        server.broken = {broken}
+        with pytest.raises(UserError, match=rf"{server.url} .*rollout\.sync_group=false sends .*made to fail"):
+            _engine(_config(server.url, sync_group=True, server_timeout=1), processor)
+
+
+def test_a_server_that_does_not_take_broadcast_weights_is_named(
+    description: dict[str, Any], processor: Processor
+) -> None:
+    with FakeServer(description, lambda request: 500).running() as server:
+        engine = _engine(_config(server.url, sync_group=True, server_timeout=1), processor)
+        server.broken = {"mrpo_receive_weights"}
+        with pytest.raises(UserError, match=rf"{server.url} did not take the new weights: .*made to fail"):
+            engine.sync(lambda: iter([("w", torch.ones(1 << 22))]))
+
+
 def test_buckets_hold_what_fits() -> None:
     weights = [(f"w{i}", torch.randn(size)) for i, size in enumerate((10, 20, 100, 5, 5))]
     parts = list(buckets(iter(weights), limit=4 * 30))
@@ -246,11 +283,12 @@ def test_buckets_hold_what_fits() -> None:
 
 @needs_vllm
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("by", ["http", "folder"])
+@pytest.mark.parametrize("by", ["group", "http", "folder"])
 def test_a_real_server_samples_from_the_weights_it_was_sent(
     by: str, server_url: str, processor: Processor, prompts: list[EncodedPrompt], tmp_path: Path
 ) -> None:
-    config = _config(server_url, **({"sync_folder": str(tmp_path / "sync")} if by == "folder" else {}))
+    folder = tmp_path / "sync" if by == "folder" else None
+    config = _config(server_url, sync_group=by == "group", sync_folder=folder)
     processor = load_processor(config)
     model = load_model(config.model)
     engine = _engine(config, processor)
