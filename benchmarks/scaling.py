@@ -221,6 +221,12 @@ def step(inputs: Inputs, gpus: int, samples: int) -> Step:
     )
 
 
+def group_push(inputs: Inputs, gpus: int) -> float:
+    """Seconds of a broadcast, which crosses every link once, however many members the process group has."""
+    link = inputs.nvlink if gpus <= inputs.gpus_per_node else inputs.network
+    return inputs.weight_bytes / (inputs.efficiency * link)
+
+
 def server_push(inputs: Inputs, servers: float) -> float:
     """Seconds until process 0 has sent the weights to so many servers over HTTP, in base64."""
     return servers * inputs.weight_bytes * 4 / 3 / inputs.http
@@ -350,10 +356,10 @@ def _server_table(inputs: Inputs, steps: Sequence[Step]) -> Table:
         servers = inputs.servers_share * one.gpus
         apart = served(inputs, one.gpus, one.samples)
         pushes = (server_push(inputs, servers), folder_push(inputs, servers))
-        work = [f"{value:.2f}" for value in (apart, one.work)]
+        work = [f"{value:.2f}" for value in (apart, one.work, group_push(inputs, one.gpus))]
         rows.append([str(one.gpus), f"{one.total:,}", f"{servers:.0f}", *work, *(f"{push:,.0f}" for push in pushes)])
-    header = ["GPUs", "samples", "servers", "work beside servers, s", "work colocated, s", "push over HTTP, s"]
-    header += ["push by a folder, s"]
+    header = ["GPUs", "samples", "servers", "work beside servers, s", "work colocated, s"]
+    header += [f"push {way}, s" for way in ("in a group", "over HTTP", "by a folder")]
     note = "One server a GPU. Work beside servers is the longer of sampling and learning, without the push."
     return Table("Rollouts on servers", header, rows, note)
 

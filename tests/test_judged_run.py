@@ -1,14 +1,65 @@
-"""A run whose judge is an endpoint: it stops when too much goes unjudged, and goes on where it stopped."""
+"""A run whose judge is an endpoint: it learns as verdicts come, stops when they fail, and goes on where it stopped."""
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
-from judge_server import Answer, running_server, verdict
+from judge_server import Answer, completion, running_server, verdict
 from launching import TRAIN, launch, read_metrics, train
+
+ARGUMENTS = (
+    "optim.batch_size=16",
+    "rollout.group_size=4",
+    "rollout.max_tokens=32",
+    "eval.at_start=false",
+    "eval.at_end=false",
+    "log.plots=false",
+    "judge.kind=openai",
+    "judge.model=m",
+)
+
+
+def test_an_update_in_the_order_of_verdicts_is_the_same_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    questions: list[str] = []
+
+    def late(record: dict[str, Any], attempt: int) -> Answer:
+        """Every other prompt is judged late, the more so the earlier it was asked about."""
+        if record["question"] not in questions:
+            questions.append(record["question"])
+        place = questions.index(record["question"]) % 4
+        time.sleep(0.0 if place % 2 else 1.0 - 0.2 * place)
+        steps = [
+            {
+                "index": i,
+                "reason": "drawn",
+                "gold_alignment": bool(crc32(s["text"].encode()) % 2),
+                "answer_contribution": False,
+            }
+            for i, s in enumerate(record["steps"], start=1)
+        ]
+        return completion(json.dumps({"steps": steps}))
+
+    found = {}
+    for streamed in (True, False):
+        questions.clear()
+        with running_server() as server:
+            server.otherwise = late
+            train(
+                f"output_dir={tmp_path / str(streamed)}", "optim.steps=2", f"judge.base_url={server.url}",
+                f"update.streamed={streamed}", "update.packing=shared_prefix", *ARGUMENTS,
+            )  # fmt: skip
+        found[streamed] = read_metrics(tmp_path / str(streamed))
+    for one, other in zip(found[True], found[False], strict=True):
+        assert one["update/passes"] > other["update/passes"] == 1
+        for name in ("reward", "loss", "grad_norm", "entropy", "unjudged"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
 def test_a_run_stops_when_its_judge_fails_and_goes_on_when_it_is_back(
@@ -27,17 +78,10 @@ def test_a_run_stops_when_its_judge_fails_and_goes_on_when_it_is_back(
         server.otherwise = otherwise
         arguments = [
             f"output_dir={run}",
+            *ARGUMENTS,
             "optim.steps=3",
-            "optim.batch_size=16",
-            "rollout.group_size=4",
-            "rollout.max_tokens=32",
             "checkpoint.every=1",
-            "eval.at_start=false",
-            "eval.at_end=false",
-            "log.plots=false",
-            "judge.kind=openai",
             f"judge.base_url={server.url}",
-            "judge.model=m",
             "judge.retries=0",
             "judge.breaker_patience=0",
         ]

@@ -116,6 +116,15 @@ def test_sampling_ahead_takes_what_a_clock_says(judge: float, ahead: int) -> Non
     assert (begun[-1] - begun[1]) / 199 == pytest.approx(period(rollout + update, judge, ahead), rel=0.03)
 
 
+def test_a_broadcast_costs_the_same_for_any_number_of_servers() -> None:
+    from scaling import Inputs, group_push, server_push
+
+    inputs = Inputs(parameters=1e9, efficiency=0.5, nvlink=4e9, network=2e9)
+    assert group_push(inputs, inputs.gpus_per_node) == pytest.approx(1.0)
+    assert group_push(inputs, 64) == group_push(inputs, 512) == pytest.approx(2.0)
+    assert server_push(inputs, 2) == 2 * server_push(inputs, 1)
+
+
 def test_accepted_results_take_the_place_of_the_marks(tmp_path: Path) -> None:
     from scaling import measured
 
