@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
 
-# (logits [B, V], which completions they are of [B]) -> tokens [B]
-Choose: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (logits [B, V], the numbers of their completions, ascending) -> tokens [B]
+Choose: TypeAlias = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 # Share of a batch that has to be finished before it is taken out, which copies the cache of the others.
 _WORTH_DROPPING = 0.125
@@ -41,13 +42,13 @@ def decode(
     axes = inputs["position_ids"].shape[:-2]
     # A completion goes on behind its prompt's largest position, on all axes alike.
     last = inputs["position_ids"].amax(dim=(*range(len(axes)), -1)).repeat_interleave(copies)
-    numbers = torch.arange(len(logits), device=logits.device)
+    numbers = [*range(len(logits))]
     tokens: list[list[int]] = [[] for _ in numbers]
-    running = set(range(len(numbers)))
+    running = set(numbers)
     for length in range(1, max_tokens + 1):
         logits[:, list(never_ids)] = -torch.inf
         chosen = choose(logits, numbers)
-        for number, token in zip(numbers.tolist(), chosen.tolist(), strict=True):
+        for number, token in zip(numbers, chosen.tolist(), strict=True):
             if number in running:
                 tokens[number].append(token)
                 if token in end_ids or length == max_tokens:
@@ -56,9 +57,10 @@ def decode(
         if not running:
             return
         if len(running) <= (1 - _WORTH_DROPPING) * len(numbers):
-            kept = torch.tensor([i for i, n in enumerate(numbers.tolist()) if n in running], device=logits.device)
+            kept = torch.tensor([i for i, number in enumerate(numbers) if number in running], device=logits.device)
             cache.batch_select_indices(kept)
-            numbers, chosen, mask, last = (values[kept] for values in (numbers, chosen, mask, last))
+            chosen, mask, last = (values[kept] for values in (chosen, mask, last))
+            numbers = sorted(running)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = (last + length)[:, None].expand(*axes, -1, -1)
         output = model(
@@ -82,18 +84,17 @@ class ExactSampler:
         self._copies = copies
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        noise = torch.empty_like(logits, dtype=torch.float32)
-        prompts = numbers // self._copies
-        for prompt, generator in enumerate(self._generators):
-            places = (prompts == prompt).nonzero()[:, 0]
-            if len(places):
-                # As much for a completion whether or not the others of its prompt are finished.
-                drawn = noise.new_empty(self._copies, logits.shape[1]).exponential_(generator=generator)
-                noise[places] = drawn[numbers[places] % self._copies]
-        return (logits.float() / self._temperature - noise.log()).argmax(dim=-1)
+    def __call__(self, logits: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        noise = []
+        for prompt, group in groupby(numbers, key=lambda number: number // self._copies):
+            drawn = logits.new_empty(self._copies, logits.shape[1], dtype=torch.float32)
+            drawn.exponential_(generator=self._generators[prompt])
+            places = [number % self._copies for number in group]
+            # As much is drawn for a completion whether or not the others of its prompt are finished.
+            noise.append(drawn if len(places) == self._copies else drawn[places])
+        return (logits.float() / self._temperature - torch.cat(noise).log()).argmax(dim=-1)
 
 
-def most_likely(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def most_likely(logits: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
     """Greedy decoding."""
     return logits.argmax(dim=-1)

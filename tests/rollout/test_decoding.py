@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from engine_logprobs import policy_logits
 from grouped_rows import MIXED, GroupPlan, make_groups
 from tiny_models import TINY_FAMILIES
 
-from mrpo.backbones import load_model, load_processor
+from mrpo.backbones import load_model, load_processor, to_device
 from mrpo.config import Config
 from mrpo.rollout.decoding import ExactSampler, decode
 from mrpo.rollout.hf import HFEngine
@@ -22,11 +23,12 @@ COPIES, LONGEST = 4, 12
 TEXT = (GroupPlan(images=(), words=2, completions=4), GroupPlan(images=(), words=8, completions=4))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("plans", [MIXED, TEXT], ids=["images", "text"])
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 @torch.no_grad()
 def test_every_logit_is_that_of_a_row_of_its_own(
-    family: str, plans: tuple[GroupPlan, ...], tiny_folder: Callable[[str], Path]
+    family: str, plans: tuple[GroupPlan, ...], device: str, tiny_folder: Callable[[str], Path]
 ) -> None:
     """Prompts of several lengths with several images, one, or none; completions that end one after the other."""
     config = Config.model_validate({"model": {"path": str(tiny_folder(family))}})
@@ -41,14 +43,14 @@ def test_every_logit_is_that_of_a_row_of_its_own(
     batches: list[int] = []
     ended: list[int] = []
 
-    def choose(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def choose(logits: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
         batches.append(len(numbers))
         chosen = []
-        for values, number in zip(logits, numbers.tolist(), strict=True):
+        for values, number in zip(logits, numbers, strict=True):
             place = len(seen[number])
             chosen.append(wanted[number][place] if place < len(wanted[number]) else end)
-            seen[number].append(values)
-        return torch.tensor(chosen)
+            seen[number].append(values.cpu())
+        return torch.tensor(chosen, device=device)
 
     def on_end(number: int, token_ids: Any) -> None:
         assert tuple(token_ids) == wanted[number]
@@ -56,8 +58,8 @@ def test_every_logit_is_that_of_a_row_of_its_own(
 
     inputs = HFEngine(model, processor, batch_size=64, weights=nullcontext)._inputs(prompts)
     decode(
-        model,
-        inputs,
+        copy.deepcopy(model).to(device),
+        to_device(inputs, torch.device(device), torch.float32),
         choose,
         copies=COPIES,
         max_tokens=LONGEST,
@@ -77,7 +79,7 @@ def test_a_draw_does_not_depend_on_who_else_is_still_running() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     everyone = ExactSampler(0.7, (3, 4, 5), 2, torch.device("cpu"))
     fewer = ExactSampler(0.7, (3, 4, 5), 2, torch.device("cpu"))
-    some = torch.tensor([0, 4, 5])
+    some = [0, 4, 5]
     for _ in range(20):
-        together = everyone(logits, torch.arange(6))
+        together = everyone(logits, range(6))
         assert fewer(logits[some], some).tolist() == together[some].tolist()
