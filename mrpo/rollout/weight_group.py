@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from math import prod
 from typing import Any
@@ -42,17 +42,21 @@ class WeightGroup:
         Raises:
             RuntimeError: a member did not answer in time.
         """
-        bucket: list[tuple[str, torch.Tensor]] = []
-        size = 0
+        entries: list[tuple[str, str, list[int]]] = []
+        buffer, used = self._empty(limit), 0
         for name, tensor in weights:
-            needed = _aligned(tensor.nbytes)
-            if bucket and size + needed > limit:
-                self._send_bucket(bucket, size)
-                bucket, size = [], 0
-            bucket.append((name, tensor.detach()))
-            size += needed
-        if bucket:
-            self._send_bucket(bucket, size)
+            end = used + _aligned(tensor.nbytes)
+            if entries and end > len(buffer):
+                self._send_bucket(entries, buffer[:used])
+                entries, used, end = [], 0, _aligned(tensor.nbytes)
+            if end > len(buffer):
+                buffer = self._empty(end)
+            # At once, so that whoever gathered the weight may let go of it.
+            buffer[used : used + tensor.nbytes].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+            entries.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
+            used = end
+        if entries:
+            self._send_bucket(entries, buffer[:used])
         self._broadcast(torch.zeros(2, dtype=torch.int64, device=self._device))
 
     def receive(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,16 +78,10 @@ class WeightGroup:
                 yield name, buffer[place : place + nbytes].view(dtype).view(shape)
                 place += _aligned(nbytes)
 
-    def _send_bucket(self, bucket: list[tuple[str, torch.Tensor]], size: int) -> None:
-        entries = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in bucket]
+    def _send_bucket(self, entries: Sequence[tuple[str, str, list[int]]], buffer: torch.Tensor) -> None:
         header = json.dumps(entries).encode()
-        self._broadcast(torch.tensor([len(header), size], device=self._device))
+        self._broadcast(torch.tensor([len(header), len(buffer)], device=self._device))
         self._broadcast(torch.tensor(list(header), dtype=torch.uint8, device=self._device))
-        buffer, place = self._empty(size), 0
-        for _, tensor in bucket:
-            flat = buffer[place : place + tensor.nbytes].view(tensor.dtype)
-            flat.copy_(tensor.reshape(-1))
-            place += _aligned(tensor.nbytes)
         self._broadcast(buffer)
 
     def _empty(self, size: int) -> torch.Tensor:

@@ -63,6 +63,18 @@ def test_everyone_gets_every_bit(groups: list[WeightGroup], limit: int) -> None:
                 assert torch.equal(found[name], tensor), name
 
 
+def test_a_weight_is_copied_before_the_next_is_asked_for(groups: list[WeightGroup]) -> None:
+    gathered = torch.empty(4)
+
+    def act(rank: int) -> list[float]:
+        if rank == 0:
+            groups[0].send((f"w{i}", gathered.fill_(float(i))) for i in range(5))
+            return []
+        return [float(tensor.sum()) for _, tensor in groups[rank].receive()]
+
+    assert together(act)[1:] == [[0.0, 4.0, 8.0, 12.0, 16.0]] * 2
+
+
 def test_a_parameter_is_sent_without_its_graph(groups: list[WeightGroup]) -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
 
