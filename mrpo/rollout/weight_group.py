@@ -94,7 +94,10 @@ class WeightGroup:
 
 
 def open_store(size: int) -> dist.TCPStore:
-    """Where `size` members find each other: a port of this host, which `store.port` names."""
+    """Where `size` members find each other: a port of this host, which `store.port` names.
+
+    Whoever reaches it could take a member's place: for private networks, as the servers' own ports.
+    """
     return dist.TCPStore("0.0.0.0", 0, size, is_master=True, timeout=_FINDING, wait_for_workers=False)
 
 
