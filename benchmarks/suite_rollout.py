@@ -1,6 +1,6 @@
 """Rollouts with our engines beside TRL's and the paper's way, weight sync, sleep and start of an engine.
 
-CPU: 4 minutes, --quick: 1.5; H200: 25 and 10. Same model folder, same prompts, pictures that were not seen before in
+CPU: 2 minutes, --quick: 1; H200: 25 and 10. Same model folder, same prompts, pictures that were not seen before in
 every round, and completions of one length, as the folder's end token is never sampled. Timed is the time from encoded
 prompts to token ids. Each way runs in a process of its own, which holds the trainer's weights too; `rollout_driver`
 says in which order, and what is kept (runs/rollout, or MRPO_ROLLOUT_DIR).

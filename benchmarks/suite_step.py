@@ -1,4 +1,4 @@
-"""A whole optimizer step beside TRL's trainer and the paper's way (CPU: 8 minutes, H200: 60, --quick: 1.5 and 15).
+"""A whole optimizer step beside TRL's trainer and the paper's way (CPU: 6 minutes, H200: 60, --quick: 1.5 and 15).
 
 Same model, prompts, pictures, G and completion length, same rewards, same AdamW, and the same judge: an HTTP server in
 a process of its own, whose latencies are log-normal and the same in every step of every way. Each way runs in processes

@@ -14,7 +14,7 @@ from mrpo.errors import UserError
 from mrpo.records import ScoredCompletion, Unjudged
 from mrpo.runtime import Runtime
 from mrpo.sampling import Sampled
-from mrpo.scoring import Scorer, columns, score_table
+from mrpo.scoring import COLUMNS, Scorer, columns, score_table
 from mrpo.shaping import token_advantages
 from mrpo.stopwatch import Stopwatch
 
@@ -23,7 +23,8 @@ from mrpo.stopwatch import Stopwatch
 class JudgedRows:
     """The completions of one step of this process, of which `parts` makes rows as their verdicts arrive.
 
-    Afterwards `rows` and `scored` hold all of them, group by group, and `table` the score table of all processes.
+    Afterwards `rows`, a list that is filled in place, and `scored` hold all of them, group by group, and `table` the
+    score table of all processes.
     """
 
     config: Config
@@ -49,48 +50,54 @@ class JudgedRows:
         """
         size = self.config.rollout.group_size
         waiting = list(range(0, len(self.rows), size))
-        found: dict[int, list[ScoredCompletion]] = {}
+        found: dict[int, ScoredCompletion] = {}
+        own_scores = torch.empty(len(self.rows), len(COLUMNS), dtype=torch.float64)
         # GDPO normalises over the whole batch.
-        streamed = self.config.update.streamed and self.config.algorithm != "gdpo"
+        by_group = self.config.algorithm != "gdpo"
         is_last = False
         while not is_last:
             with self.stopwatch.measure("judge_wait"):
-                groups = [self.sampled.pending[first : first + size] for first in waiting]
-                ready = [waiting[i] for i in self.scorer.judged_groups(groups)] if streamed else waiting
-                pending = [self.sampled.pending[i] for first in ready for i in range(first, first + size)]
-                scored = self.scorer.collect(pending)
-            found |= {first: scored[i * size : (i + 1) * size] for i, first in enumerate(ready)}
-            waiting = [first for first in waiting if first not in found]
+                ready = self._judged(waiting) if self.config.update.streamed and by_group else waiting
+                places = [i for first in ready for i in range(first, first + size)]
+                scored = self.scorer.collect([self.sampled.pending[i] for i in places])
+            waiting = [first for first in waiting if first not in ready]
+            found |= zip(places, scored, strict=True)
+            own_scores[places] = scores = score_table(scored, self.config.advantage.tau).view(-1, len(COLUMNS))
             is_last = not self.runtime.any(bool(waiting))
             if is_last:
-                self._complete(found)
-            yield self._learned(ready, scored), is_last
+                self.scored = [found[i] for i in range(len(self.rows))]
+                self.table = columns(self.runtime.gather_rows(own_scores))
+                _check_judged(self.table["unjudged"], self.scored, self.config, self.runtime)
+            yield self._with_advantages(places, scored, scores if by_group else None), is_last
 
-    def _complete(self, found: Mapping[int, Sequence[ScoredCompletion]]) -> None:
-        self.scored = [item for first in sorted(found) for item in found[first]]
-        self.table = columns(self.runtime.gather_rows(score_table(self.scored, self.config.advantage.tau)))
-        check_judged(self.table["unjudged"], self.scored, self.config, self.runtime)
-
-    def _learned(self, ready: Sequence[int], scored: Sequence[ScoredCompletion]) -> list[Row]:
-        """The rows of the groups that begin at `ready`, with the advantages of `scored`."""
-        if not ready:
-            return []
+    def _judged(self, waiting: Sequence[int]) -> list[int]:
+        """Of the groups that begin at these places, those that have their verdicts."""
         size = self.config.rollout.group_size
-        places = [i for first in ready for i in range(first, first + size)]
-        shaped = token_advantages(self.config, scored, self._advantages(scored))
-        for place, values in zip(places, shaped, strict=True):
+        groups = [self.sampled.pending[first : first + size] for first in waiting]
+        return [waiting[i] for i in self.scorer.judged_groups(groups)]
+
+    def _with_advantages(
+        self, places: Sequence[int], scored: Sequence[ScoredCompletion], scores: torch.Tensor | None
+    ) -> list[Row]:
+        """The rows at `places`, whose completions are `scored`, compared among `scores`; None: in the whole batch."""
+        if not places:
+            return []
+        if scores is not None:
+            advantages = self._advantages(columns(scores))
+        else:
+            advantages = self._advantages(self.table)[self.runtime.rank * len(places) :][: len(places)]
+        for place, values in zip(places, token_advantages(self.config, scored, advantages), strict=True):
             self.rows[place] = replace(self.rows[place], advantages=values)
         return [self.rows[place] for place in places]
 
-    def _advantages(self, scored: Sequence[ScoredCompletion]) -> torch.Tensor:
-        """(B,) advantages of `scored`, whole groups."""
-        if self.config.algorithm != "gdpo":
-            return _advantages(self.config, columns(score_table(scored, self.config.advantage.tau)))
-        size = len(scored)
-        return _advantages(self.config, self.table)[self.runtime.rank * size :][:size]
+    def _advantages(self, table: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B,) advantages of the completions of a score table, whole groups."""
+        shape = (-1, self.config.rollout.group_size)
+        parts = (table[name].view(shape) for name in ("answer", "process", "length"))
+        return algorithms.advantages(self.config, *parts).flatten()
 
 
-def check_judged(unjudged: torch.Tensor, scored: Sequence[ScoredCompletion], config: Config, runtime: Runtime) -> None:
+def _check_judged(unjudged: torch.Tensor, scored: Sequence[ScoredCompletion], config: Config, runtime: Runtime) -> None:
     """Refuses a step of which the judge told too little. Every process must call this.
 
     Args:
@@ -109,9 +116,3 @@ def check_judged(unjudged: torch.Tensor, scored: Sequence[ScoredCompletion], con
             f"the judge left {share:.0%} of a step's completions unjudged, above judge.max_unjudged={limit:.0%}: "
             f"{told}; mend the judge and go on with --resume, which asks again for what is missing"
         )
-
-
-def _advantages(config: Config, table: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    shape = (-1, config.rollout.group_size)
-    parts = (table[name].view(shape) for name in ("answer", "process", "length"))
-    return algorithms.advantages(config, *parts).flatten()

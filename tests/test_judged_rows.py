@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
@@ -124,14 +125,33 @@ def test_all_verdicts_are_waited_for_where_order_or_the_whole_batch_counts(secti
     assert advantages(step) == expected_advantages(step)
 
 
-def test_the_wait_is_measured_and_nothing_that_is_done_with_a_part() -> None:
+def test_the_wait_is_measured_and_nothing_that_is_done_with_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     step = Step()
+
+    def verdicts_come() -> None:
+        nonlocal now
+        now += 7
+        step.judge(*range(2, 8))
+
     step.judge(0, 1)
     next(step.parts)
-    before = dict(step.watch.take())
-    threading.Timer(0.2, step.judge, range(2, 8)).start()
+    now += 100  # the update
+    threading.Timer(0.05, verdicts_come).start()
     next(step.parts)
-    assert before["judge_wait"] < 0.1 < step.watch.take()["judge_wait"]
+    assert step.watch.take() == {"judge_wait": 7}
+    assert step.judged.scorer._waited == 7
+
+
+def test_the_rows_are_one_list_that_is_filled_in_place() -> None:
+    """A second update on the same completions takes them when the first is done."""
+    step = Step()
+    rows = step.judged.rows
+    step.judge(*range(8))
+    next(step.parts)
+    assert step.judged.rows is rows
+    assert any(row.advantages.any() for row in rows)
 
 
 def test_a_process_that_is_done_keeps_step_with_one_that_is_not() -> None:

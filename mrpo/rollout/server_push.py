@@ -6,6 +6,7 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from ipaddress import ip_address
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,9 +18,8 @@ from mrpo.config import RolloutConfig
 from mrpo.errors import UserError
 from mrpo.rollout import Weights
 from mrpo.rollout.server_client import Server, ServerError
-from mrpo.rollout.weight_group import WeightGroup, open_store
+from mrpo.rollout.weight_group import BUCKET_BYTES, WeightGroup, open_store
 
-BUCKET_BYTES = 1 << 28
 _REFUSED = "did not take the new weights"
 
 # Brings weights to all servers, whose caches are reset. Raises UserError where one does not take them.
@@ -46,7 +46,8 @@ class GroupPush:
         self._servers = servers
         size = 1 + sum(server.workers for server in servers)
         # Servers on this host are reached at a loopback address, where others would look for us in vain.
-        address = min((server.own_address() for server in servers), key=lambda found: found.startswith("127."))
+        address = min((server.own_address() for server in servers), key=lambda found: ip_address(found).is_loopback)
+        # First the meeting place alone: who cannot reach it says so at once, where forming the group would wait.
         store = open_store(size)
         mend = "rollout.sync_group=false sends weights over HTTP instead"
         failure = f"has workers that cannot reach this process at {address}:{store.port} ({mend})"
