@@ -20,7 +20,7 @@ from random_models import image_tokens_of, make_prompt, processor_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from mrpo.backbones import batch_images, to_device
-from mrpo.backbones.attention import use_prefix_attention
+from mrpo.backbones.packed import use_packed_attention
 from mrpo.batching import DenseBatch, PackedBatch, Row, collate, pack
 from mrpo.config import Config
 from mrpo.efficiency import make_efficient
@@ -105,7 +105,7 @@ class Ways:
         self.config = Config(**options)
         self.efficiency = str(make_efficient(self._ours, self.config, self._runtime))
         self.messages: list[str] = []
-        use_prefix_attention(self._ours)
+        use_packed_attention(self._ours, self.processor.family)
         self._module = PolicyModule(self._ours, self.processor.family, self.config.loss, 1.0)
 
     def ours(self, packing: str, rows: Sequence[Row]) -> torch.Tensor:
@@ -206,7 +206,7 @@ class Ways:
     def _image_flops(self, row: Row) -> float:
         images = to_device(batch_images([row.prompt]), self.device, self.dtype)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.processor.family.image_features(self.plain.model, images)
+            self.processor.family.image_features(self.plain.model, images, {})
         return 3.0 * counter.get_total_flops()
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from .checks import check_tensor, require
-from .prefix_flash import flash_prefix_attention
+from .prefix_flash import flash_prefix_attention, takes_flash
 from .prefix_layout import PrefixLayout
 
 __all__ = ["AttentionName", "PrefixLayout", "choose_attention", "compilations", "prefix_attention"]
@@ -69,8 +69,7 @@ def choose_attention(device: torch.device, head_dim: int = 128, dtype: torch.dty
     """The fastest implementation that serves queries of this kind."""
     if device.type != "cuda" or find_spec("triton") is None or dtype == torch.float64:
         return "sdpa"
-    flash = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-    return ON_GPU if flash else "flex"
+    return "flex" if ON_GPU == "flash" and not takes_flash(device, head_dim, dtype) else ON_GPU
 
 
 def compilations() -> int:

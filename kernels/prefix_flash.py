@@ -59,8 +59,13 @@ def flash_prefix_attention(
 ) -> torch.Tensor:
     """See `prefix_attention`. An operator of its own, so that a compiled layer stays one graph."""
     tokens_first = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
-    out, _ = joined_attention(*tokens_first, *spans, scale)
+    out, _ = joined_attention(*tokens_first, *spans, True, scale)
     return out.transpose(0, 1)[None]
+
+
+def takes_flash(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether flash attention serves queries of this kind, on a GPU of sm_80 or later."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 @torch.library.custom_op("mrpo::prefix_flash_attention", mutates_args=())
@@ -73,12 +78,16 @@ def joined_attention(
     keys: torch.Tensor,
     has_prefix: torch.Tensor,
     longest: Sequence[int],
+    causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, [L, Hq, D], and log-sum-exp, [Hq, L], of tokens-first q, k and v; the spans are those of `FlashSpans`."""
+    """Output, [L, Hq, D], and log-sum-exp, [Hq, L], of tokens-first q, k and v; the spans are those of `FlashSpans`.
+
+    `causal`: whether a token sees only what stands before it in its own part.
+    """
     primitive = default_primitive()
     own_spans, prefix_spans = _pair(own, queries, keys, longest)
-    out, lse = primitive.forward(q, k, v, own_spans, causal=True, scale=scale)
+    out, lse = primitive.forward(q, k, v, own_spans, causal=causal, scale=scale)
     if prefix_spans is not None:
         out, lse = join(out, lse, *primitive.forward(q, k, v, prefix_spans, causal=False, scale=scale), has_prefix)
     return out.contiguous(), lse.contiguous()
@@ -96,12 +105,13 @@ def joined_attention_backward(
     queries: torch.Tensor,
     keys: torch.Tensor,
     longest: Sequence[int],
+    causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v: the shares of both calls, added up."""
     primitive, saved = default_primitive(), (grad_out.contiguous(), q, k, v, out, lse)
     own_spans, prefix_spans = _pair(own, queries, keys, longest)
-    dq, dk, dv = primitive.backward(*saved, own_spans, causal=True, scale=scale)
+    dq, dk, dv = primitive.backward(*saved, own_spans, causal=causal, scale=scale)
     if prefix_spans is not None:
         for total, share in zip(
             (dq, dk, dv), primitive.backward(*saved, prefix_spans, causal=False, scale=scale), strict=True
@@ -124,13 +134,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, own, queries, keys, _, ctx.longest, ctx.scale = inputs
+    q, k, v, own, queries, keys, _, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, own, queries, keys)
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    gradients = joined_attention_backward(grad_out, *ctx.saved_tensors, ctx.longest, ctx.scale)
-    return (*gradients, *([None] * 6))
+    gradients = joined_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, *([None] * 7))
 
 
 joined_attention.register_autograd(_backward, setup_context=_save)

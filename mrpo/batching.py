@@ -150,11 +150,14 @@ def pack(
             place += length
     padding = -place % multiple
     sizes = [(len(group[0].prompt.input_ids), [len(row.token_ids) for row in group]) for group in groups]
+    images = batch_images([group[0].prompt for group in groups])
+    plan = processor.family.vision_plan(core, images) if images else {}
     row = PackedRow(
         input_ids=torch.cat([*input_ids, torch.zeros(padding, dtype=torch.long)])[None].to(device),
         position_ids=torch.nn.functional.pad(torch.cat(positions, dim=1), (0, padding))[:, None].to(device),
         layout=PrefixLayout.make(sizes, place + padding, device),
-        images=to_device(batch_images([group[0].prompt for group in groups]), device, dtype),
+        images=to_device(images, device, dtype),
+        vision_plan={k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in plan.items()},
         image_places=torch.cat(image_places).to(device),
     )
     return PackedBatch(**_tokens(rows, predicting, device), row=row)

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mrpo.backbones.attention import serves_segments
 from mrpo.backbones.liger import apply_liger, liger_is_installed
 from mrpo.config import Config
 from mrpo.doctor.memory import PromptSize, checkpointed_layers, checkpoints_all, estimate, size_of, total
@@ -60,7 +61,8 @@ def make_efficient(model: Any, config: Config, runtime: Runtime) -> Efficiency:
     if liger:
         apply_liger(model)
     if compiled:
-        compile_layers(model)
+        # A tower that takes its images one by one is not worth it: each size would be compiled anew.
+        compile_layers(model, vision=on_gpu and config.update.packing != "dense" and serves_segments())
     if config.update.checkpointing == "auto" and on_gpu:
         free = min(runtime.gather_objects(free_memory(model, runtime.device)))
         config = _with_checkpointing(config, choose_checkpointing(config, model, runtime.world_size, free))
@@ -77,13 +79,19 @@ def compiles(config: Config, *, on_gpu: bool) -> bool:
     )
 
 
-def compile_layers(model: Any) -> None:
-    """Compiles the layers of the language model, once for all of them and for all lengths.
+def compile_layers(model: Any, *, vision: bool) -> None:
+    """Compiles the layers of the language model, and if asked of the vision tower: once for all, and for all lengths.
 
     Calls with a cache of keys and values, that is generation, run as before: each step would be another shape.
     """
-    for layer in model.model.language_model.layers:
+    for layer in (*model.model.language_model.layers, *(vision_layers(model) if vision else ())):
         layer.forward = MethodType(_compiled_forward, layer)
+
+
+def vision_layers(model: Any) -> list[torch.nn.Module]:
+    """The layers of the vision tower."""
+    text = set(model.model.language_model.modules())
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m not in text]
 
 
 def _compiled_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

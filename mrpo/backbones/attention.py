@@ -1,8 +1,10 @@
-"""Packed-row attention under transformers' own attention layers.
+"""Our attention under transformers' own attention layers.
 
 A language model whose config names `mrpo_prefix` follows a layout in calls that bring `prefix_arguments`, and runs SDPA
 in all others: dense rows and generation. The arguments travel by keyword through every layer, so that gradient
 checkpointing, which calls layers again, brings them along; they hold nothing on which a compiled layer would depend.
+
+A vision tower whose config names `mrpo_flash_segments` computes all images, or all windows of them, in one call.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from mrpo.kernels.prefix_attention import (
     flex_prefix_attention,
     sdpa_prefix_attention,
 )
-from mrpo.kernels.prefix_flash import FlashSpans, flash_prefix_attention
+from mrpo.kernels.prefix_flash import FlashSpans, flash_prefix_attention, takes_flash
 from mrpo.kernels.prefix_layout import PrefixLayout
+from mrpo.kernels.segment_attention import attend_segments
 
 NAME = "mrpo_prefix"
+# Towers pass on where images begin only to what has "flash" in its name; others they call once an image.
+SEGMENTS = "mrpo_flash_segments"
 
 
 def prefix_arguments(layout: PrefixLayout, implementation: AttentionName | None = None) -> dict[str, Any]:
@@ -46,6 +51,17 @@ def prefix_arguments(layout: PrefixLayout, implementation: AttentionName | None 
 def use_prefix_attention(model: Any) -> None:
     """Makes the language model in `model` take `prefix_arguments`; its vision tower stays as it is."""
     model.set_attn_implementation({"text_config": NAME})
+
+
+def serves_segments() -> bool:
+    """Whether vision towers can take all images in one call here: not on GPUs that are too old for flash attention."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def use_segment_attention(model: Any) -> None:
+    """Makes the vision tower in `model`, which takes images of all sizes one behind the other, compute them at once."""
+    # Not by set_attn_implementation: for such names it looks for the flash-attn package.
+    model.config.vision_config._attn_implementation = SEGMENTS
 
 
 def attention(
@@ -78,5 +94,24 @@ def attention(
     return out.transpose(1, 2), None
 
 
+def vision_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function as the towers want it: q, k and v (1, H, T, D) -> (1, T, H, D)."""
+    tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    flash = takes_flash(query.device, query.shape[-1], query.dtype)
+    return attend_segments(*tokens_first, cu_seq_lens_q, max_length_q, scaling, flash=flash)[None], None
+
+
 AttentionInterface.register(NAME, attention)
+AttentionInterface.register(SEGMENTS, vision_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -33,11 +33,15 @@ class ImageFeatures:
 
 
 class Family(Protocol):
-    """One model family. `model_types` are the `model_type`s of its checkpoint configs."""
+    """One model family. `model_types` are the `model_type`s of its checkpoint configs.
+
+    ragged_vision: whether its vision tower takes the patches of images of all sizes one behind the other.
+    """
 
     model_types: ClassVar[tuple[str, ...]]
     think_tag: ClassVar[str]
     vision_modules: ClassVar[tuple[str, ...]]
+    ragged_vision: ClassVar[bool]
 
     def process_images(
         self, image_processor: Any, images: Sequence[Image.Image], config: Any
@@ -65,8 +69,18 @@ class Family(Protocol):
         """(A, T) int64 positions of a prompt's tokens on the A axes of the rotary embedding."""
         ...
 
-    def image_features(self, core: Any, images: Mapping[str, torch.Tensor]) -> ImageFeatures:
-        """The vision tower's word on `images`, made by `process_images` and batched by concatenation."""
+    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What the vision tower makes of the sizes of `images`, made here on the CPU.
+
+        The tower itself would read sizes back from the device, and wait for it each time.
+        """
+        ...
+
+    def image_features(self, core: Any, images: Mapping[str, torch.Tensor], plan: Mapping[str, Any]) -> ImageFeatures:
+        """The vision tower's word on `images`, made by `process_images` and batched by concatenation.
+
+        `plan`: the `vision_plan` of these images on their device; if it is empty the tower makes its own.
+        """
         ...
 
     def blank_image(self, config: Any) -> tuple[dict[str, torch.Tensor], int]:

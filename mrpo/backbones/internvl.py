@@ -16,6 +16,7 @@ class InternVL:
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     think_tag: ClassVar[str] = "think"
     vision_modules: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+    ragged_vision: ClassVar[bool] = False
 
     def process_images(
         self, image_processor: Any, images: Sequence[Image.Image], config: Any
@@ -42,7 +43,10 @@ class InternVL:
     def prompt_positions(self, core: Any, prompt: EncodedPrompt) -> torch.Tensor:
         return torch.arange(len(prompt.input_ids))[None]
 
-    def image_features(self, core: Any, images: Mapping[str, torch.Tensor]) -> ImageFeatures:
+    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {}
+
+    def image_features(self, core: Any, images: Mapping[str, torch.Tensor], plan: Mapping[str, Any]) -> ImageFeatures:
         return ImageFeatures(core.get_image_features(**images, return_dict=True).pooler_output.flatten(0, 1))
 
     def blank_image(self, config: Any) -> tuple[dict[str, torch.Tensor], int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mrpo.backbones.attention import prefix_arguments
+from mrpo.backbones.attention import prefix_arguments, serves_segments, use_prefix_attention, use_segment_attention
 from mrpo.backbones.base import Family
 from mrpo.kernels.prefix_attention import AttentionName, PrefixLayout
 
@@ -22,14 +22,23 @@ class PackedRow:
     """One row of L tokens: groups one after the other, then padding.
 
     input_ids: (1, L); position_ids: (A, 1, L), on the A axes of the family's rotary embedding; images: the vision
-    tower's inputs of all prompts, in order; image_places: (n,) int64, where in the row their n tokens stand.
+    tower's inputs of all prompts, in order; vision_plan: what it makes of their sizes; image_places: (n,) int64, where
+    in the row their n tokens stand.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     layout: PrefixLayout
     images: Mapping[str, torch.Tensor]
+    vision_plan: Mapping[str, Any]
     image_places: torch.Tensor
+
+
+def use_packed_attention(model: Any, family: Family) -> None:
+    """Makes both towers of `model` take packed rows; its dense rows and generation give the numbers they gave."""
+    use_prefix_attention(model)
+    if family.ragged_vision and serves_segments():
+        use_segment_attention(model)
 
 
 def packed_hidden(
@@ -42,7 +51,7 @@ def packed_hidden(
     embedded = core.get_input_embeddings()(row.input_ids)
     deepstack: dict[str, Any] = {}
     if row.images:
-        features = family.image_features(core, row.images)
+        features = family.image_features(core, row.images, row.vision_plan)
         embedded = embedded.index_copy(1, row.image_places, features.embeddings[None].to(embedded.dtype))
         if features.deepstack:
             places = torch.zeros_like(row.input_ids, dtype=torch.bool)

@@ -10,6 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from mrpo.backbones.base import ImageFeatures
 from mrpo.records import EncodedPrompt
@@ -19,6 +25,7 @@ class QwenVL:
     """What both families share."""
 
     vision_modules: ClassVar[tuple[str, ...]] = ("visual",)
+    ragged_vision: ClassVar[bool] = True
 
     def process_images(
         self, image_processor: Any, images: Sequence[Image.Image], config: Any
@@ -50,10 +57,16 @@ class QwenVL:
         )
         return positions[:, 0]
 
-    def image_features(self, core: Any, images: Mapping[str, torch.Tensor]) -> ImageFeatures:
-        features = core.get_image_features(**images, return_dict=True)
-        deepstack = getattr(features, "deepstack_features", None) or ()
-        return ImageFeatures(torch.cat(features.pooler_output), tuple(torch.cat(layer) for layer in deepstack))
+    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        grid = images["image_grid_thw"]
+        starts = get_vision_cu_seqlens(grid)
+        positions = get_vision_position_ids(grid, core.visual.spatial_merge_size)
+        return {"position_ids": positions, "cu_seqlens": starts, "max_seqlen": _longest(starts)}
+
+    def image_features(self, core: Any, images: Mapping[str, torch.Tensor], plan: Mapping[str, Any]) -> ImageFeatures:
+        tower, pixels, grid = core.visual, images["pixel_values"], images["image_grid_thw"]
+        features = tower(pixels.type(tower.dtype), grid_thw=grid, return_dict=True, **plan)
+        return ImageFeatures(features.pooler_output, tuple(getattr(features, "deepstack_features", None) or ()))
 
     def blank_image(self, config: Any) -> tuple[dict[str, torch.Tensor], int]:
         vision = config.vision_config
@@ -66,7 +79,28 @@ class Qwen25VL(QwenVL):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     think_tag: ClassVar[str] = "think"
 
+    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        tower, grid = core.visual, images["image_grid_thw"]
+        order, starts = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+        windows = {"window_index": order, "cu_window_seqlens": starts, "max_window_seqlen": _longest(starts)}
+        return super().vision_plan(core, images) | windows
+
 
 class Qwen3VL(QwenVL):
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     think_tag: ClassVar[str] = "thinking"
+
+    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        tower = core.visual
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            images["image_grid_thw"],
+            tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.spatial_merge_size,
+        )
+        return super().vision_plan(core, images) | {"interp_indices": indices, "interp_weights": weights}
+
+
+def _longest(starts: torch.Tensor) -> int:
+    return int(starts.diff().max())

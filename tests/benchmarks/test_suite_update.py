@@ -116,7 +116,7 @@ def test_flops_are_those_that_pytorch_counts() -> None:
         return counter.get_total_flops()
 
     def see() -> None:
-        found = ways.processor.family.image_features(ways.plain.model, rows[0].prompt.images)
+        found = ways.processor.family.image_features(ways.plain.model, rows[0].prompt.images, {})
         sum((tensor.sum() for tensor in (found.embeddings, *found.deepstack)), torch.zeros(())).backward()
 
     image = ways._image_flops(rows[0])

@@ -111,7 +111,7 @@ def test_the_own_backward_pass_is_the_derivative(groups, length, plain_flash):
 def test_the_flash_operator_is_well_behaved(groups, length, plain_flash):
     layout = PrefixLayout.make(groups, length)
     tensors = [tensor.detach()[0].transpose(0, 1).requires_grad_() for tensor in inputs(length)]
-    torch.library.opcheck(prefix_flash.joined_attention, (*tensors, *layout.flash_spans, 0.6))
+    torch.library.opcheck(prefix_flash.joined_attention, (*tensors, *layout.flash_spans, True, 0.6))
 
 
 def test_large_scores_join_without_overflow(plain_flash):

@@ -1,0 +1,125 @@
+"""The vision towers of packed rows: all images in one call, and nothing read back from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grouped_rows import make_groups
+from plain_varlen import PlainVarlen
+from tiny_models import TINY_FAMILIES
+
+from mrpo.backbones import attention, batch_images, load_model, load_processor
+from mrpo.backbones.packed import use_packed_attention
+from mrpo.config import Config
+from mrpo.efficiency import vision_layers
+from mrpo.kernels import prefix_flash
+from mrpo.kernels.prefix_attention import compilations
+
+Features = tuple[torch.Tensor, ...]
+
+
+class Towers:
+    """A family's tower as transformers runs it and as packed rows do, and images of different sizes."""
+
+    def __init__(self, folder: Path) -> None:
+        config = Config.model_validate({"model": {"path": str(folder)}})
+        self.processor = load_processor(config)
+        self.family = self.processor.family
+        self.plain, self.ours = (load_model(config.model).train() for _ in range(2))
+        use_packed_attention(self.ours, self.family)
+        self.prompts = [rows[0].prompt for rows in make_groups(self.processor) if rows[0].prompt.images]
+        self.take(0)
+
+    def take(self, first: int) -> None:
+        """From now on the images from the prompt `first` on."""
+        self.images = batch_images(self.prompts[first:])
+        self.plan = self.family.vision_plan(self.ours.model, self.images)
+
+    def features(self, model: Any, plan: dict[str, Any]) -> Features:
+        found = self.family.image_features(model.model, self.images, plan)
+        return (found.embeddings, *found.deepstack)
+
+
+@pytest.fixture(params=TINY_FAMILIES)
+def towers(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> Towers:
+    return Towers(tiny_folder(request.param))
+
+
+def gradients(model: Any, features: Features) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(3)
+    sum((f * torch.randn(f.shape, generator=generator)).sum() for f in features).backward()  # type: ignore[union-attr]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_features_and_gradients_are_those_of_transformers(towers: Towers, planned: bool) -> None:
+    truth = towers.features(towers.plain, {})
+    found = towers.features(towers.ours, towers.plan if planned else {})
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    expected, ours = gradients(towers.plain, truth), gradients(towers.ours, found)
+    assert expected.keys() == ours.keys()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_variable_length_call_gives_the_same(
+    towers: Towers, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Counted(PlainVarlen):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            calls.append(options)
+            return super().forward(*args, **options)  # type: ignore[no-untyped-call]
+
+    truth = towers.features(towers.plain, {})
+    monkeypatch.setattr(attention, "takes_flash", lambda *_: True)
+    monkeypatch.setattr(prefix_flash, "default_primitive", Counted)
+    if checkpointing:
+        towers.ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = towers.features(towers.ours, towers.plan)
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    vision = towers.ours.config.vision_config
+    layers = vision.depth if towers.family.ragged_vision else 0
+    assert len(calls) == layers  # InternVL's tiles are of one size: they are a batch for SDPA
+    assert not any(call["causal"] for call in calls)
+    expected, gradient = gradients(towers.plain, truth), gradients(towers.ours, found)
+    for name in expected:
+        assert (gradient[name] - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_a_compiled_layer_is_one_graph_for_all_images(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(attention, "takes_flash", lambda *_: True)
+    monkeypatch.setattr(prefix_flash, "default_primitive", PlainVarlen)
+    for layer in vision_layers(towers.ours):
+        layer.compile(dynamic=True, backend="eager", fullgraph=True)
+    counts = []
+    for first in (0, 1, 2):  # fewer images each time, and others the longest
+        towers.take(first)
+        truth = towers.features(towers.plain, {})
+        for ours, theirs in zip(towers.features(towers.ours, towers.plan), truth, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        counts.append(compilations())
+    assert counts[0] == counts[-1]
+    torch._dynamo.reset()
+
+
+def test_a_tower_with_its_plan_reads_nothing_back(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A meta tensor has no values: who reads one is refused.
+    monkeypatch.setattr(attention, "takes_flash", lambda *_: True)
+    towers.ours.to("meta")
+    towers.images = {name: tensor.to("meta") for name, tensor in towers.images.items()}
+    plan = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in towers.plan.items()}
+    assert all(feature.is_meta for feature in towers.features(towers.ours, plan))
+    if towers.family.ragged_vision:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            towers.features(towers.ours, {})
