@@ -58,7 +58,7 @@ def flash_prefix_attention(
     scale: float,
 ) -> torch.Tensor:
     """See `prefix_attention`. An operator of its own, so that a compiled layer stays one graph."""
-    tokens_first = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
+    tokens_first = (tensor.squeeze(0).transpose(0, 1) for tensor in (q, k, v))
     out, _ = joined_attention(*tokens_first, *spans, True, scale)
     return out.transpose(0, 1)[None]
 

@@ -107,7 +107,7 @@ def vision_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function as the towers want it: q, k and v (1, H, T, D) -> (1, T, H, D)."""
-    tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    tokens_first = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     flash = takes_flash(query.device, query.shape[-1], query.dtype)
     return attend_segments(*tokens_first, cu_seq_lens_q, max_length_q, scaling, flash=flash)[None], None
 
