@@ -155,13 +155,11 @@ class Processor:
 
     def _token_ids(self, example: Example, counts: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
         """The prompt's ids with one placeholder an image, and with each image's `counts` tokens."""
-        text = expanded_text = self._chat_text(example.question, len(counts))
-        for count in counts:
-            placeholder, expanded = self.family.placeholder(count)
-            # A private marker keeps an expanded image from being expanded again.
-            expanded_text = expanded_text.replace(placeholder, expanded.replace(placeholder, "\0"), 1)
-        if counts:
-            expanded_text = expanded_text.replace("\0", self.family.placeholder(1)[0])
+        text = self._chat_text(example.question, len(counts))
+        first, *others = text.split(self.family.placeholder(1)[0], len(counts))
+        images = (self.family.placeholder(count)[1] for count in counts)
+        # A template that leaves images out is told of below.
+        expanded_text = first + "".join(image + other for image, other in zip(images, others, strict=False))
         text_ids, token_ids = self.tokenizer([text, expanded_text], add_special_tokens=False).input_ids
         if len(token_ids) > self.max_prompt_tokens:
             raise UserError(

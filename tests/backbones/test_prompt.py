@@ -44,6 +44,12 @@ def test_lengths_are_known_without_decoding_the_images(
     assert all(picture.width * picture.height <= 40_000 for picture in prompt.pictures)
 
 
+def test_a_question_may_hold_any_character(processor: Processor) -> None:
+    example = Example("x", (Image.new("RGB", (20, 20)),), "What is \0 in it?", "", None, "test")
+    ids = processor.encode_prompt(example).input_ids.tolist()
+    assert "What is \0 in it?" in processor.tokenizer.decode(ids)
+
+
 @settings(deadline=None, max_examples=20)
 @given(sizes=st.lists(st.tuples(side, side), min_size=1, max_size=3), crop=st.booleans())
 def test_internvl_counts_tiles_without_the_image(sizes: list[tuple[int, int]], crop: bool) -> None:
