@@ -34,7 +34,7 @@ def segment_attention(
         longest: the longest stretch; default: read from `starts`, which waits for the device.
         scale: default: 1 / sqrt(D).
         implementation: default: "flash" for bfloat16 and float16 on a GPU (of sm_80 or later), else "sdpa", which reads
-            `starts`.
+            `starts` if lengths differ.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device; the message names it.
@@ -49,9 +49,8 @@ def segment_attention(
     check_tensor("starts", starts, (*starts.shape[:1],), q.device, torch.int32)
     scale = head_dim**-0.5 if scale is None else scale
     name = implementation or ("flash" if takes_flash(q.device, head_dim, q.dtype) else "sdpa")
-    if longest is None and name == "flash":
-        longest = int(starts.diff().max())
-    return attend_segments(q, k, v, starts, longest or 0, scale, flash=name == "flash")
+    longest = int(starts.diff().max()) if longest is None else longest
+    return attend_segments(q, k, v, starts, longest, scale, flash=name == "flash")
 
 
 def attend_segments(
@@ -59,19 +58,21 @@ def attend_segments(
 ) -> torch.Tensor:
     """`segment_attention` without checks, which a compiler would take for reasons to compile anew."""
     if not flash:
-        return _by_length(q, k, v, starts, scale)
+        return _by_length(q, k, v, starts, longest, scale)
     none = starts.new_empty(0)
     return joined_attention(q, k, v, starts, none, none, none, (longest, 0, 0), False, scale)[0]
 
 
 @torch.compiler.disable  # new lengths would be new graphs
-def _by_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, scale: float) -> torch.Tensor:
+def _by_length(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    if (len(starts) - 1) * longest == len(q):
+        return _of_one_length(q, k, v, longest, scale)
     sizes = starts.diff().long()
     length_of = sizes.repeat_interleave(sizes)  # of the stretch that a token belongs to
     require(len(length_of) == len(q), f"starts must end at {len(q)}, the number of tokens, not at {len(length_of)}")
     lengths = length_of.unique().tolist()
-    if len(lengths) == 1:
-        return _of_one_length(q, k, v, lengths[0], scale)
     places = [(length_of == length).nonzero()[:, 0] for length in lengths]
     outputs = []
     for length, place in zip(lengths, places, strict=True):

@@ -103,13 +103,13 @@ def test_a_compiled_layer_is_one_graph_for_all_images(towers: Towers, monkeypatc
     for layer in vision_layers(towers.ours):
         layer.compile(dynamic=True, backend="eager", fullgraph=True)
     counts = []
-    for first in (0, 1, 2):  # fewer images each time, and others the longest
+    for first in (0, 3, 1, 2):  # several images of different sizes, one alone, then others
         towers.take(first)
         truth = towers.features(towers.plain, {})
         for ours, theirs in zip(towers.features(towers.ours, towers.plan), truth, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         counts.append(compilations())
-    assert counts[0] == counts[-1]
+    assert counts[1] == counts[-1] <= counts[0] + 1  # a batch of one tile is another graph
     torch._dynamo.reset()
 
 
