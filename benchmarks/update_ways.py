@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mrpo.backbones import batch_images, to_device
 from mrpo.backbones.packed import use_packed_attention
+from mrpo.backbones.patches import embed_patches_by_product
 from mrpo.batching import DenseBatch, PackedBatch, Row, collate, pack
 from mrpo.config import Config
 from mrpo.efficiency import make_efficient
@@ -106,6 +107,7 @@ class Ways:
         self.efficiency = str(make_efficient(self._ours, self.config, self._runtime))
         self.messages: list[str] = []
         use_packed_attention(self._ours, self.processor.family)
+        embed_patches_by_product(self._ours)
         self._module = PolicyModule(self._ours, self.processor.family, self.config.loss, 1.0)
 
     def ours(self, packing: str, rows: Sequence[Row]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from mrpo.backbones.base import EncodedPrompt, Family, Processor, batch_images, to_device
 from mrpo.backbones.internvl import InternVL
 from mrpo.backbones.lora import add_adapters
+from mrpo.backbones.patches import embed_patches_by_product
 from mrpo.backbones.qwen_vl import Qwen3VL, Qwen25VL
 from mrpo.config import Config, ModelConfig
 from mrpo.errors import UserError
@@ -130,6 +131,7 @@ def load_model(config: ModelConfig) -> Any:
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
     )
+    embed_patches_by_product(model)
     make_trainable(model, config, find_family(model.config.model_type, config.path))
     return model
 
