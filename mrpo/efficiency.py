@@ -18,11 +18,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mrpo.backbones.attention import serves_segments
 from mrpo.backbones.liger import apply_liger, liger_is_installed
 from mrpo.config import Config
-from mrpo.doctor.memory import PromptSize, checkpointed_layers, checkpoints_all, estimate, size_of, total
+from mrpo.doctor.memory import (
+    PromptSize,
+    checkpointed_layers,
+    checkpoints_all,
+    compiles,
+    estimate,
+    size_of,
+    total,
+    uses_liger,
+)
 from mrpo.errors import UserError
 from mrpo.runtime import Runtime
 
-# Share of the free memory that the estimate may fill: it is within 7 % of measured peaks, and memory gets fragmented.
+# Share of the free memory that the estimate may fill: it is within 2 % of measured peaks, and memory gets fragmented.
 FILL = 0.9
 
 
@@ -57,7 +66,7 @@ def make_efficient(model: Any, config: Config, runtime: Runtime) -> Efficiency:
     model.train()  # layers recompute nothing in evaluation mode; the families have no dropout
     on_gpu, layers = runtime.device.type == "cuda", model.model.language_model.layers
     compiled = compiles(config, on_gpu=on_gpu)
-    liger = _uses_liger(config, on_gpu=on_gpu, compiled=compiled)
+    liger = _take_liger(config, on_gpu=on_gpu, compiled=compiled)
     if liger:
         apply_liger(model)
     if compiled:
@@ -70,13 +79,6 @@ def make_efficient(model: Any, config: Config, runtime: Runtime) -> Efficiency:
     vision = checkpoints_all(config, on_gpu=False) and any(p.requires_grad for p in _vision_parameters(model))
     checkpoint_layers(model, count, vision=vision)
     return Efficiency(liger, compiled, count, len(layers), vision)
-
-
-def compiles(config: Config, *, on_gpu: bool) -> bool:
-    """Whether layers are compiled. `auto` leaves ZeRO-3 out: its hooks would break every layer into pieces."""
-    return config.update.compile == "on" or (
-        config.update.compile == "auto" and on_gpu and config.deepspeed.zero_stage < 3
-    )
 
 
 def compile_layers(model: Any, *, vision: bool) -> None:
@@ -145,16 +147,13 @@ def _with_checkpointing(config: Config, value: int | Literal["all"]) -> Config:
     return config.model_copy(update={"update": config.update.model_copy(update={"checkpointing": value})})
 
 
-def _uses_liger(config: Config, *, on_gpu: bool, compiled: bool) -> bool:
+def _take_liger(config: Config, *, on_gpu: bool, compiled: bool) -> bool:
     if config.model.liger == "on":
         if not liger_is_installed():
             raise UserError("model.liger=on needs the liger-kernel package: pip install 'mrpo[liger]'")
         if not on_gpu:
             raise UserError("model.liger=on needs a GPU; set model.liger=auto")
-    # The compiler joins the same operations, and more of them.
-    return config.model.liger == "on" or (
-        config.model.liger == "auto" and on_gpu and not compiled and liger_is_installed()
-    )
+    return uses_liger(config, on_gpu=on_gpu, compiled=compiled)
 
 
 def _vision_parameters(model: Any) -> list[torch.nn.Parameter]:

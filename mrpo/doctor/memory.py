@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrpo.backbones.activations import Tower, kept_values, text_layer_values, vision_layer_values
+from mrpo.backbones.liger import liger_is_installed
 from mrpo.config import Config
 from mrpo.doctor.check import gib
 
@@ -48,7 +49,11 @@ def size_of(model: Any) -> ModelSize:
         vision=None
         if vision is None
         else Tower(
-            getattr(vision, "depth", None) or vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size
+            getattr(vision, "depth", None) or vision.num_hidden_layers,
+            vision.hidden_size,
+            vision.intermediate_size,
+            # The language model names its matrices alike.
+            any(name.endswith("gate_proj") and ".language_model." not in name for name, _ in model.named_modules()),
         ),
         kv_width=text.num_key_value_heads * head_dim,
         vocab=text.vocab_size,
@@ -174,21 +179,26 @@ def _rollout(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term
 def _update(config: Config, model: ModelSize, prompt: PromptSize, num_processes: int, on_gpu: bool) -> tuple[Term, ...]:
     """What a forward and backward pass adds."""
     width, size = _width(config), pass_size(config, prompt, num_processes)
-    compiled = config.update.compile == "on" or (on_gpu and config.update.compile == "auto")
-    inside = text_layer_values(model.text, compiled=compiled)
+    compiled = compiles(config, on_gpu=on_gpu)
+    inside = text_layer_values(model.text, lean=compiled or uses_liger(config, on_gpu=on_gpu, compiled=compiled))
     count = checkpointed_layers(config, model.text.layers, on_gpu=on_gpu)
     terms = [_activations("activations", model.text, inside, size.tokens, count, width)]
     if model.vision is not None and size.patches:
-        inside = vision_layer_values(model.vision)
+        inside = vision_layer_values(model.vision, compiled=compiled and on_gpu and config.update.packing != "dense")
         if config.model.freeze_vision or (config.model.lora_rank and not config.model.lora_vision):
             arithmetic = f"{size.patches:,} patches x {inside:,} values x {width} B (one layer, frozen)"
             terms.append(Term("vision activations", arithmetic, size.patches * inside * width))
         else:
             count = model.vision.layers if checkpoints_all(config, on_gpu=on_gpu) else 0
             terms.append(_activations("vision activations", model.vision, inside, size.patches, count, width))
-    rows, per_logit = min(size.targets, HEAD_ROWS), 2 * width + 8
-    arithmetic = f"{rows:,} tokens at a time x {model.vocab:,} words x {per_logit} B (with gradient and fp32 copies)"
+    # Their gradient takes their place; on the CPU they are computed with in fp32.
+    rows, per_logit = min(size.targets, HEAD_ROWS), width if on_gpu or width == 4 else width + 4
+    arithmetic = f"{rows:,} tokens at a time x {model.vocab:,} words x {per_logit} B"
     terms.append(Term("logits", arithmetic, rows * model.vocab * per_logit))
+    if not config.model.lora_rank:
+        each = 4 if width == 4 else 4 + width
+        arithmetic = f"{model.vocab:,} words x {model.text.hidden:,} x {each} B (summed in fp32)"
+        terms.append(Term("head gradient", arithmetic, model.vocab * model.text.hidden * each))
     if config.deepspeed.zero_stage > 0:
         bucket = min(BUCKET, model.trainable)
         terms.append(Term("gradient bucket", f"{_count(bucket)} x {width} B", bucket * width))
@@ -196,6 +206,20 @@ def _update(config: Config, model: ModelSize, prompt: PromptSize, num_processes:
         live = min(GATHERED, model.parameters)
         terms.append(Term("gathered layers", f"{_count(live)} x {width} B", live * width))
     return tuple(terms)
+
+
+def compiles(config: Config, *, on_gpu: bool) -> bool:
+    """Whether layers are compiled. `auto` leaves ZeRO-3 out: its hooks would break every layer into pieces."""
+    return config.update.compile == "on" or (
+        config.update.compile == "auto" and on_gpu and config.deepspeed.zero_stage < 3
+    )
+
+
+def uses_liger(config: Config, *, on_gpu: bool, compiled: bool) -> bool:
+    """Whether liger-kernel's layers are used. The compiler joins the same operations, and more of them."""
+    return config.model.liger == "on" or (
+        config.model.liger == "auto" and on_gpu and not compiled and liger_is_installed()
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,11 +45,12 @@ def test_fp32_without_zero() -> None:
     # 16 rows x 150 tokens x (keys and values) 2 x 10 layers x 256 x 4 bytes
     assert sizes(need.rollout) == {"KV cache": 16 * 150 * 20_480}
     assert sizes(need.update) == {
-        "activations": 300 * 320_000 * 4,  # 2 rows x 150 tokens, 10 layers x (16 x 1000 + 4 x 4000)
-        "vision activations": 80 * 8_000 * 4,  # 2 rows x 40 patches, 5 layers x (8 x 100 + 4 x 200)
-        "logits": 100 * 1000 * 16,
+        "activations": 300 * 300_000 * 4,  # 2 rows x 150 tokens, 10 layers x (18 x 1000 + 3 x 4000)
+        "vision activations": 80 * 7_500 * 4,  # 2 rows x 40 patches, 5 layers x (10 x 100 + 2.5 x 200)
+        "logits": 100 * 1000 * 4,
+        "head gradient": 1000 * 1000 * 4,
     }
-    assert need.peak == 16_000_000_000 + 384_000_000 + 2_560_000 + 1_600_000
+    assert need.peak == 16_000_000_000 + 360_000_000 + 2_400_000 + 400_000 + 4_000_000
     assert need.fixed == 16_000_000_000
 
 
@@ -99,16 +101,16 @@ def test_offloading_moves_states_to_main_memory() -> None:
 
 def test_gradient_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     need = estimate(config("update.checkpointing=all"), MODEL, PROMPT, 1)
-    assert sizes(need.update)["activations"] == 300 * (10 * 1000 + 32_000) * 4
-    assert sizes(need.update)["vision activations"] == 80 * (5 * 100 + 1_600) * 4
+    assert sizes(need.update)["activations"] == 300 * (10 * 1000 + 30_000) * 4
+    assert sizes(need.update)["vision activations"] == 80 * (5 * 100 + 1_500) * 4
 
 
 @pytest.mark.parametrize(("setting", "count"), [("none", 0), ("4", 4), ("0.35", 4), ("99", 10), ("auto", 0)])
 def test_some_layers_can_be_checkpointed(setting: str, count: int) -> None:
     need = estimate(config(f"update.checkpointing={setting}"), MODEL, PROMPT, 1)
-    values = count * 1000 + max(10 - count, 1) * 32_000
+    values = count * 1000 + max(10 - count, 1) * 30_000
     assert sizes(need.update)["activations"] == 300 * values * 4
-    assert sizes(need.update)["vision activations"] == 80 * 8_000 * 4
+    assert sizes(need.update)["vision activations"] == 80 * 7_500 * 4
 
 
 def test_auto_can_do_on_a_gpu_what_all_does_and_layers_are_compiled_there() -> None:
@@ -120,18 +122,46 @@ def test_auto_can_do_on_a_gpu_what_all_does_and_layers_are_compiled_there() -> N
     assert sizes(auto.update)["activations"] == 300 * (10 * 1000 + 20_000) * 4  # 8 x 1000 + 3 x 4000
 
 
+def test_without_the_compiler_layers_keep_more_unless_liger_joins_their_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def activations(*settings: str) -> int:
+        run = config("update.checkpointing=none", *settings)
+        return sizes(estimate(run, MODEL, PROMPT, 1, on_gpu=True).update)["activations"]
+
+    for installed, kept in ((False, 300_000), (True, 200_000)):
+        monkeypatch.setattr("mrpo.doctor.memory.liger_is_installed", lambda installed=installed: installed)
+        assert activations() == 300 * 200_000 * 4
+        assert activations("deepspeed.zero_stage=3") == 300 * kept * 4  # where layers are not compiled
+        assert activations("deepspeed.zero_stage=3", "model.liger=off") == 300 * 300_000 * 4
+
+
+def test_gated_vision_towers_keep_more() -> None:
+    gated = replace(MODEL, vision=Tower(layers=5, hidden=100, intermediate=200, gated=True))
+    run = config(
+        "update.checkpointing=none", "update.packing=shared_prefix", "optim.batch_size=8", "rollout.group_size=8"
+    )
+    for on_gpu, kept in ((False, 16 * 100 + 4 * 200), (True, 11 * 100 + 3 * 200)):  # there it is compiled
+        update = estimate(run, gated, PROMPT, 1, on_gpu=on_gpu).update
+        assert sizes(update)["vision activations"] == 40 * 5 * kept * 4
+
+
+def test_adapters_need_no_gradient_of_the_head() -> None:
+    assert "head gradient" not in sizes(estimate(config("model.lora_rank=8"), MODEL, PROMPT, 1).update)
+
+
 def test_a_packed_row_is_as_long_as_its_budget_or_as_the_prompts_of_a_process() -> None:
     def packed(*settings: str) -> dict[str, int]:
         options = ["update.packing=shared_prefix", "optim.batch_size=64", "rollout.group_size=8", *settings]
         return sizes(estimate(config(*options), MODEL, PROMPT, 2).update)
 
     # 4 prompts a process, each 100 tokens with 8 completions of 50
-    assert packed("update.token_budget=100000")["activations"] == 4 * 500 * 320_000 * 4
-    assert packed("update.token_budget=100000")["vision activations"] == 4 * 40 * 8_000 * 4
-    assert packed("update.token_budget=1200")["activations"] == 1200 * 320_000 * 4
-    assert packed("update.token_budget=1200")["vision activations"] == 2 * 40 * 8_000 * 4
-    assert packed("update.token_budget=1200")["logits"] == 1000 * 1000 * 16
-    assert packed("update.token_budget=200")["vision activations"] == 40 * 8_000 * 4
+    assert packed("update.token_budget=100000")["activations"] == 4 * 500 * 300_000 * 4
+    assert packed("update.token_budget=100000")["vision activations"] == 4 * 40 * 7_500 * 4
+    assert packed("update.token_budget=1200")["activations"] == 1200 * 300_000 * 4
+    assert packed("update.token_budget=1200")["vision activations"] == 2 * 40 * 7_500 * 4
+    assert packed("update.token_budget=1200")["logits"] == 1000 * 1000 * 4
+    assert packed("update.token_budget=200")["vision activations"] == 40 * 7_500 * 4
 
 
 @pytest.mark.parametrize(
@@ -157,17 +187,18 @@ def test_activations_of_eight_billion_parameters_are_as_measured(
             f"update.token_budget={2560 * prompts}",
             f"optim.batch_size={8 * prompts}",
             "rollout.max_tokens=200",
+            "model.liger=off",
             *settings,
         ],
     )
     need = estimate(run, size, PromptSize(846, 3136, "by hand"), 1, on_gpu=True)
     activations = sum(term.size for term in need.update if "activations" in term.name)
-    assert 37 + activations / GIB == pytest.approx(measured, rel=0.07)
+    assert 37 + activations / GIB == pytest.approx(measured, rel=0.02)
 
 
 def test_a_frozen_vision_tower_keeps_nothing_for_a_backward_pass() -> None:
     need = estimate(config("model.freeze_vision=true"), MODEL, PROMPT, 1)
-    assert sizes(need.update)["vision activations"] == 80 * 1_600 * 4
+    assert sizes(need.update)["vision activations"] == 80 * 1_500 * 4
 
 
 def test_a_group_is_never_split() -> None:
