@@ -13,6 +13,7 @@ from .checks import check_tensor, require
 
 # Leading dimensions that are multiples of 16 bytes keep matrix products on their fast path; 151,674 is not one.
 _ALIGNMENT = 8
+CHUNK_ROWS = 4096
 
 
 def check_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -34,6 +35,28 @@ def product_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where it is on, else that of the hidden states."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def plan_chunks(
+    rows: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    trained: bool,
+    chunk_rows: int | None = None,
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[int, torch.dtype]:
+    """How many rows of logits to hold at once, and the dtype in which the gradient of a `trained` weight is summed.
+
+    One chunk needs no sum: its product rounds fp32 sums to the weight's dtype itself. Several need one in fp32 beside
+    the logits; one chunk that takes no more memory than both is taken instead. `chunk_rows` and `sum_dtype` overrule.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    if chunk_rows is None:
+        needs_sum = trained and sum_dtype is None and wide != dtype
+        spared = hidden_size * wide.itemsize // dtype.itemsize if needs_sum else 0
+        chunk_rows = max(rows, 1) if rows <= CHUNK_ROWS + spared else CHUNK_ROWS
+    return chunk_rows, sum_dtype or (dtype if rows <= chunk_rows else wide)
 
 
 def logit_chunks(

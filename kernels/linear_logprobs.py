@@ -13,10 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .checks import check_tensor, require
-from .linear import WeightGradient, check_linear, logit_chunks, product_dtype
+from .linear import WeightGradient, check_linear, logit_chunks, plan_chunks, product_dtype
 from .rows import LossConfig, RowInputs, loss_rows
-
-CHUNK_ROWS = 4096
 
 
 def linear_logprobs(
@@ -27,7 +25,7 @@ def linear_logprobs(
     bias: torch.Tensor | None = None,  # [V]
     temperature: float = 1.0,
     with_entropy: bool = False,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log_softmax((hidden @ weight.T + bias) / temperature) at the targets, [N], and the entropy, [N] or None, in nats.
 
@@ -39,14 +37,14 @@ def linear_logprobs(
         targets: in [0, V).
         temperature: of the sampler.
         with_entropy: also return the entropy of each next-token distribution.
-        chunk_rows: tokens whose logits are held at once.
+        chunk_rows: tokens whose logits are held at once; default: as in `fused_linear_policy_loss`.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape, device or value; the message names it.
     """
     check_linear(hidden, weight, bias)
     check_tensor("targets", targets, (hidden.shape[0],), hidden.device, torch.int64)
-    require(chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}")
+    require(chunk_rows is None or chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}")
     require(0.0 < temperature < float("inf"), f"temperature must be finite and above 0, not {temperature}")
     dtype = product_dtype(hidden)
     parts = (hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -66,14 +64,15 @@ class _LinearLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         with_entropy: bool,
-        chunk_rows: int,
+        chunk_rows: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows = hidden.shape[0]
         logprobs = hidden.new_empty(rows, dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy = torch.empty_like(logprobs) if with_entropy else None
         inputs = RowInputs(targets, torch.zeros_like(logprobs), torch.ones_like(logprobs))
         config = LossConfig(temperature=temperature)
-        for part, logits in logit_chunks(hidden, weight, bias, chunk_rows):
+        held, _ = plan_chunks(len(hidden), hidden.shape[1], weight.dtype, trained=False, chunk_rows=chunk_rows)
+        for part, logits in logit_chunks(hidden, weight, bias, held):
             found = loss_rows(logits, inputs[part], config=config, entropy=with_entropy)
             logprobs[part] = found.logprobs
             if entropy is not None and found.entropy is not None:
@@ -90,12 +89,15 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dhidden = torch.empty_like(hidden) if needs_hidden else None
-        dweight = WeightGradient(weight, torch.promote_types(weight.dtype, torch.float32)) if needs_weight else None
+        held, sum_dtype = plan_chunks(
+            len(hidden), hidden.shape[1], weight.dtype, trained=needs_weight, chunk_rows=ctx.chunk_rows
+        )
+        dweight = WeightGradient(weight, sum_dtype) if needs_weight else None
         dbias = torch.zeros_like(bias, dtype=grad_logprobs.dtype) if needs_bias else None
         # With ratio 1 the loss of a token with advantage A has the gradient -A d logprob.
         inputs = RowInputs(targets, -grad_logprobs, torch.ones_like(grad_logprobs))
         config = LossConfig(temperature=ctx.temperature)
-        for part, logits in logit_chunks(hidden, weight, bias, ctx.chunk_rows):
+        for part, logits in logit_chunks(hidden, weight, bias, held):
             dlogits = loss_rows(logits, inputs[part], config=config, gradient="inplace").dlogits
             assert dlogits is not None
             if dhidden is not None:

@@ -5,8 +5,8 @@ gradients of the hidden states (2NHV) and of the weight (2NHV). 6NHV in all, 4NH
 for the backward pass but the gradients, which it scales by whatever comes from upstream. This needs the coefficient of
 every token in the forward pass: a ratio of whole sequences goes through `linear_logprobs` instead.
 
-Bytes beside the products, in a dtype of s bytes: sNV logits written, read, overwritten and read twice; the weight
-gradient, 4HV in fp32, read and written once a chunk, so that small chunks cost time.
+Bytes beside the products, in a dtype of s bytes: sNV logits written, read, overwritten and read twice; with several
+chunks the weight gradient, 4HV in fp32, read and written once a chunk, so that small chunks cost time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .checks import require
-from .linear import WeightGradient, check_linear, logit_chunks, product_dtype
+from .linear import WeightGradient, check_linear, logit_chunks, plan_chunks, product_dtype
 from .policy_loss import PolicyLoss, check_policy_arguments
 from .rows import LossConfig, RowInputs, SegmentedAdvantages, loss_rows, times_upstream
-
-CHUNK_ROWS = 4096
 
 
 def fused_linear_policy_loss(
@@ -42,7 +40,7 @@ def fused_linear_policy_loss(
     temperature: float = 1.0,
     importance_cap: float = 2.0,
     with_entropy: bool = False,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
     """`policy_loss` of the logits hidden @ weight.T + bias, without ever holding N x V of them.
@@ -56,7 +54,8 @@ def fused_linear_policy_loss(
         targets, advantages, weights, old_logprobs, ref_logprobs, sampler_logprobs, epsilon_low, epsilon_high, beta,
             temperature, importance_cap, with_entropy: as in `policy_loss`.
         logit_softcap: refused unless None; no supported model family caps its logits.
-        chunk_rows: tokens whose logits are held at once. 8192 x 151,936 in bf16 take 2.3 GiB.
+        chunk_rows: tokens whose logits are held at once; 8192 x 151,936 in bf16 take 2.3 GiB. Default: 4096; all, if
+            their logits take no more than those of 4096 and the sum of the weight's gradient (`plan_chunks`).
         weight_grad_dtype: in which the weight's gradient is summed over chunks; default fp32 (fp64 for fp64). It is
             returned in the dtype of the weight.
 
@@ -64,7 +63,7 @@ def fused_linear_policy_loss(
         TypeError, ValueError: an argument has another dtype, shape, device or value; the message names it.
     """
     require(logit_softcap is None, f"logit_softcap={logit_softcap} is not supported; it must be None")
-    require(chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}")
+    require(chunk_rows is None or chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}")
     config = LossConfig(epsilon_low, epsilon_high, beta, temperature, importance_cap)
     check_linear(hidden, weight, bias)
     inputs = RowInputs(targets, advantages, weights, old_logprobs, ref_logprobs, sampler_logprobs)
@@ -77,7 +76,7 @@ def fused_linear_policy_loss(
     # Autocast is off inside: the operands have their dtype already, and sums must keep theirs.
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = _FusedLinearPolicyLoss.apply(
-            *parts, inputs.to(wide), config, with_entropy, chunk_rows, weight_grad_dtype or wide, needs
+            *parts, inputs.to(wide), config, with_entropy, chunk_rows, weight_grad_dtype, needs
         )
     return PolicyLoss(*outputs)
 
@@ -92,8 +91,8 @@ class _FusedLinearPolicyLoss(torch.autograd.Function):
         inputs: RowInputs,
         config: LossConfig,
         with_entropy: bool,
-        chunk_rows: int,
-        weight_grad_dtype: torch.dtype,
+        chunk_rows: int | None,
+        weight_grad_dtype: torch.dtype | None,
         needs: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor | None, ...]:
         rows = hidden.shape[0]
@@ -101,8 +100,16 @@ class _FusedLinearPolicyLoss(torch.autograd.Function):
         if len(positions) < rows:
             hidden, inputs = hidden[positions], inputs[positions]
         needs_hidden, needs_weight, needs_bias = needs
+        chunk_rows, sum_dtype = plan_chunks(
+            len(hidden),
+            hidden.shape[1],
+            weight.dtype,
+            trained=needs_weight,
+            chunk_rows=chunk_rows,
+            sum_dtype=weight_grad_dtype,
+        )
         dhidden = torch.empty_like(hidden) if needs_hidden else None
-        dweight = WeightGradient(weight, weight_grad_dtype) if needs_weight else None
+        dweight = WeightGradient(weight, sum_dtype) if needs_weight else None
         dbias = torch.zeros_like(weight[:, 0], dtype=inputs.weights.dtype) if needs_bias else None
         values: dict[str, list[torch.Tensor]] = {"losses": [], "logprobs": [], "clipped": [], "kl": [], "entropy": []}
         for part, logits in logit_chunks(hidden, weight, bias, chunk_rows):

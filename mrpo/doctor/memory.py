@@ -14,14 +14,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mrpo.backbones.activations import Tower, kept_values, text_layer_values, vision_layer_values
 from mrpo.backbones.liger import liger_is_installed
 from mrpo.config import Config
 from mrpo.doctor.check import gib
+from mrpo.kernels.linear import plan_chunks
 
 GATHERED = 10**9  # parameters that DeepSpeed's ZeRO-3 holds whole at a time (stage3_max_live_parameters)
 BUCKET = 5 * 10**8  # gradients that it reduces at a time (reduce_bucket_size)
-HEAD_ROWS = 4096  # tokens whose logits the head holds at a time
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,14 @@ def _update(config: Config, model: ModelSize, prompt: PromptSize, num_processes:
             count = model.vision.layers if checkpoints_all(config, on_gpu=on_gpu) else 0
             terms.append(_activations("vision activations", model.vision, inside, size.patches, count, width))
     # Their gradient takes their place; on the CPU they are computed with in fp32.
-    rows, per_logit = min(size.targets, HEAD_ROWS), width if on_gpu or width == 4 else width + 4
+    trained, dtype = not config.model.lora_rank, getattr(torch, config.model.dtype)
+    rows, sum_dtype = plan_chunks(size.targets, model.text.hidden, dtype, trained=trained)
+    rows, per_logit = min(rows, size.targets), width if on_gpu or width == 4 else width + 4
     arithmetic = f"{rows:,} tokens at a time x {model.vocab:,} words x {per_logit} B"
     terms.append(Term("logits", arithmetic, rows * model.vocab * per_logit))
-    if not config.model.lora_rank:
-        each = 4 if width == 4 else 4 + width
-        arithmetic = f"{model.vocab:,} words x {model.text.hidden:,} x {each} B (summed in fp32)"
+    if trained:
+        each = width if sum_dtype == dtype else width + sum_dtype.itemsize
+        arithmetic = f"{model.vocab:,} words x {model.text.hidden:,} x {each} B"
         terms.append(Term("head gradient", arithmetic, model.vocab * model.text.hidden * each))
     if config.deepspeed.zero_stage > 0:
         bucket = min(BUCKET, model.trainable)

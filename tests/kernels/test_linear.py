@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mrpo.kernels.dispatch import use
+from mrpo.kernels.linear import plan_chunks
 from mrpo.kernels.linear_logprobs import linear_logprobs
 from mrpo.kernels.linear_policy_loss import fused_linear_policy_loss
 from mrpo.kernels.policy_loss import PolicyLoss, policy_loss
@@ -102,6 +103,39 @@ def test_fp32_is_within_1e5_of_fp64(rows: int, size: int, vocab: int, chunk: int
     assert len(gradients) == len(true_gradients)
     for gradient, true in zip(gradients, true_gradients, strict=True):
         assert error(gradient, true) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        # 4096 rows of logits and a sum in fp32 take as much as 4096 + 2 x 4096 rows
+        (12_288, {}, (12_288, torch.bfloat16)),
+        (12_289, {}, (4096, torch.float32)),
+        (12_288, {"trained": False}, (4096, torch.float32)),
+        (12_288, {"sum_dtype": torch.float32}, (4096, torch.float32)),
+        (12_288, {"dtype": torch.float32}, (4096, torch.float32)),
+        (4096, {"trained": False}, (4096, torch.bfloat16)),
+        (4096, {"chunk_rows": 2048}, (2048, torch.float32)),
+        (2048, {"chunk_rows": 2048}, (2048, torch.bfloat16)),
+        (0, {}, (1, torch.bfloat16)),
+    ],
+)
+def test_one_chunk_is_taken_where_it_needs_no_more_memory(
+    rows: int, options: dict[str, Any], expected: tuple[int, torch.dtype]
+) -> None:
+    assert plan_chunks(rows, 4096, **{"dtype": torch.bfloat16, "trained": True, **options}) == expected
+
+
+def test_one_chunk_in_bfloat16_is_as_exact_as_a_sum_in_fp32() -> None:
+    case = make_case(64, 32, 301)
+    _, true_gradients = truth(case.to(torch.bfloat16).to(torch.float64))
+    runs = {"one": {}, "sum": {"chunk_rows": 16}, "wide": {"weight_grad_dtype": torch.float32}}
+    errors = {
+        name: [error(g, t) for g, t in zip(run(case.to(torch.bfloat16), **options)[1], true_gradients, strict=True)]
+        for name, options in runs.items()
+    }
+    for one, summed, wide in zip(errors["one"], errors["sum"], errors["wide"], strict=True):
+        assert one < 1.05 * min(summed, wide)
 
 
 @pytest.mark.parametrize("vocab", [151_936, 152_064, 151_674])
