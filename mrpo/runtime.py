@@ -45,18 +45,21 @@ class Runtime:
             remove_stale_locks(extension_root())
         # Ranks may wait for each other while one of them reads data or retries a judge.
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
-        _forget_shared_buffers()
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        return cls(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.device_name(local_rank)))
+        device = torch.device(accelerator.device_name(local_rank))
+        runtime = cls(dist.get_rank(), dist.get_world_size(), device)
+        runtime.barrier()
+        _forget_shared_buffers()
+        return runtime
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(device_ids=None if self.device.type == "cpu" else [self.device.index])
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, c) rows of every process as one (world_size * n, c) tensor, in rank order; n is the same everywhere."""
@@ -90,7 +93,7 @@ class Runtime:
         ZeRO-3's communication threads can abort an interpreter that shuts down in the ordinary way, hence `_exit`.
         """
         if status == 0:
-            dist.barrier()
+            self.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -99,9 +102,8 @@ class Runtime:
 def _forget_shared_buffers() -> None:
     """Takes the name from the 66 MiB that DeepSpeed's collectives on CPUs share, which would stay after a crash.
 
-    Every process of this machine has them open by now, so that they last until the last one is gone.
+    To be called when every process of this machine has them open: they last until the last one is gone.
     """
-    dist.barrier()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
     (Path("/dev/shm") / name).unlink(missing_ok=True)
