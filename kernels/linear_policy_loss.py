@@ -43,7 +43,7 @@ def fused_linear_policy_loss(
     chunk_rows: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
 ) -> PolicyLoss:
-    """`policy_loss` of the logits hidden @ weight.T + bias, without ever holding N x V of them.
+    """`policy_loss` of the logits hidden @ weight.T + bias, of which no more than `chunk_rows` x V are ever held.
 
     Tokens that cannot contribute (weight 0, or advantage 0 without a KL) are dropped before the products; they hold 0
     in every output. Their number is read from the device once. A weight or bias that needs no gradient costs none.
