@@ -18,7 +18,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def results(conv: Conv3d, inputs: torch.Tensor) -> list[torch.Tensor]:
     inputs = inputs.clone().requires_grad_()
     out = conv(inputs)
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(out)).sum().backward()
     return [out, *(t.grad for t in (inputs, *conv.parameters()) if t.grad is not None)]
 
 
