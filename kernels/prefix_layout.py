@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .checks import require
+from .transfer import send
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -37,7 +38,7 @@ class Spans:
     def make(cls, lengths: Sequence[tuple[int, int]], device: torch.device) -> Spans:
         """From the numbers of queries and keys of each pair."""
         queries, keys = zip(*lengths, strict=True)
-        ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32).to(device)
+        ends = send(torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32), device)
         return cls(ends[0], ends[1], max(queries), max(keys))
 
 
@@ -94,7 +95,7 @@ class PrefixLayout:
         require(place <= length, f"groups of {place} tokens do not fit a row of {length}")
         own, first, last, sizes = [*own, place], [*first, 0], [*last, 0], [*sizes, length - place]
         parts = torch.tensor([own, first, last], dtype=torch.int32)
-        tokens = parts.repeat_interleave(torch.tensor(sizes), dim=1).to(device)
+        tokens = send(parts.repeat_interleave(torch.tensor(sizes), dim=1), torch.device(device))
         return cls(tuple((p, tuple(c)) for p, c in groups), length, *tokens)
 
     @property

@@ -15,6 +15,7 @@ import torch
 from mrpo.backbones import Processor, batch_images, to_device
 from mrpo.backbones.packed import PackedRow
 from mrpo.kernels.prefix_attention import PrefixLayout
+from mrpo.kernels.transfer import send
 from mrpo.records import EncodedPrompt
 
 
@@ -153,12 +154,12 @@ def pack(
     images = batch_images([group[0].prompt for group in groups])
     plan = processor.family.vision_plan(core, images) if images else {}
     row = PackedRow(
-        input_ids=torch.cat([*input_ids, torch.zeros(padding, dtype=torch.long)])[None].to(device),
-        position_ids=torch.nn.functional.pad(torch.cat(positions, dim=1), (0, padding))[:, None].to(device),
+        input_ids=send(torch.cat([*input_ids, torch.zeros(padding, dtype=torch.long)])[None], device),
+        position_ids=send(torch.nn.functional.pad(torch.cat(positions, dim=1), (0, padding))[:, None], device),
         layout=PrefixLayout.make(sizes, place + padding, device),
         images=to_device(images, device, dtype),
-        vision_plan={k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in plan.items()},
-        image_places=torch.cat(image_places).to(device),
+        vision_plan={k: send(v, device) if isinstance(v, torch.Tensor) else v for k, v in plan.items()},
+        image_places=send(torch.cat(image_places), device),
     )
     return PackedBatch(**_tokens(rows, predicting, device), row=row)
 
@@ -172,4 +173,4 @@ def _tokens(rows: Sequence[Row], predicting: Sequence[torch.Tensor], device: tor
     for name in _LOSS_INPUTS:
         present = [value for row in rows if (value := getattr(row, name)) is not None]
         flat[name] = torch.cat(present) if present else None
-    return {name: None if value is None else value.to(device) for name, value in flat.items()}
+    return {name: None if value is None else send(value, device) for name, value in flat.items()}

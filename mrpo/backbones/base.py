@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from mrpo.errors import UserError
+from mrpo.kernels.transfer import send
 from mrpo.records import EncodedPrompt, Example
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ def batch_images(prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
 
 def to_device(tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """`tensors` on `device`, floating point ones in `dtype`."""
-    return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in tensors.items()}
+    return {k: send(v, device, dtype if v.is_floating_point() else None) for k, v in tensors.items()}
 
 
 def _readable(example: Example, read: Callable[[Example], list[T]]) -> list[T]:

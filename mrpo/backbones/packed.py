@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ def use_packed_attention(model: Any, family: Family) -> None:
     use_prefix_attention(model)
     if family.ragged_vision and serves_segments():
         use_segment_attention(model)
+    text = model.model.language_model
+    if hasattr(text, "_deepstack_process"):
+        text._deepstack_process = MethodType(_add_deepstack, text)
+
+
+def _add_deepstack(self: Any, hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Adds (n, H) `features` to (1, L, H) `hidden` at (n,) `places`, or where a mask says, which is read back."""
+    if places.dtype == torch.bool:
+        return type(self)._deepstack_process(self, hidden, places, features)
+    return hidden.index_add(1, places, features[None].to(hidden.dtype))
 
 
 def packed_hidden(
@@ -54,9 +65,7 @@ def packed_hidden(
         features = family.image_features(core, row.images, row.vision_plan)
         embedded = embedded.index_copy(1, row.image_places, features.embeddings[None].to(embedded.dtype))
         if features.deepstack:
-            places = torch.zeros_like(row.input_ids, dtype=torch.bool)
-            places[:, row.image_places] = True
-            deepstack = {"visual_pos_masks": places, "deepstack_visual_embeds": features.deepstack}
+            deepstack = {"visual_pos_masks": row.image_places, "deepstack_visual_embeds": features.deepstack}
     axes = row.position_ids
     output = core.language_model(
         inputs_embeds=embedded,

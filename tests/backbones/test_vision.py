@@ -113,6 +113,20 @@ def test_a_compiled_layer_is_one_graph_for_all_images(towers: Towers, monkeypatc
     torch._dynamo.reset()
 
 
+def test_deepstack_features_are_added_where_masks_say(towers: Towers) -> None:
+    text = towers.ours.model.language_model
+    if not hasattr(text, "_deepstack_process"):
+        pytest.skip("of Qwen3-VL alone")
+    generator = torch.Generator().manual_seed(4)
+    hidden, features = (torch.randn(*shape, generator=generator) for shape in ((1, 9, 5), (3, 5)))
+    places = torch.tensor([1, 2, 7])
+    mask = torch.zeros(1, 9, dtype=torch.bool)
+    mask[0, places] = True
+    truth = towers.plain.model.language_model._deepstack_process(hidden, mask, features)
+    assert torch.equal(text._deepstack_process(hidden, mask, features), truth)
+    assert torch.equal(text._deepstack_process(hidden, places, features), truth)
+
+
 def test_a_tower_with_its_plan_reads_nothing_back(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
     # A meta tensor has no values: who reads one is refused.
     monkeypatch.setattr(attention, "takes_flash", lambda *_: True)
