@@ -57,7 +57,8 @@ class UpdateConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile every layer of the language model; auto: on a GPU, but not under ZeRO 3; on a CPU "
+        description="torch.compile every layer of the language model, on a GPU of the vision tower, too (if packing is "
+        "not dense); auto: on a GPU, but not under ZeRO 3; on a CPU "
         "rows of other shapes compile anew",
     )
     checkpointing: Literal["auto", "none", "all"] | NonNegative | Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
