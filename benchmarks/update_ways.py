@@ -20,7 +20,7 @@ from random_models import image_tokens_of, make_prompt, processor_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from mrpo.backbones import batch_images, to_device
-from mrpo.backbones.packed import use_packed_attention
+from mrpo.backbones.packed import use_packed_rows
 from mrpo.backbones.patches import embed_patches_by_product
 from mrpo.batching import DenseBatch, PackedBatch, Row, collate, pack
 from mrpo.config import Config
@@ -106,7 +106,7 @@ class Ways:
         self.config = Config(**options)
         self.efficiency = str(make_efficient(self._ours, self.config, self._runtime))
         self.messages: list[str] = []
-        use_packed_attention(self._ours, self.processor.family)
+        use_packed_rows(self._ours, self.processor.family)
         embed_patches_by_product(self._ours)
         self._module = PolicyModule(self._ours, self.processor.family, self.config.loss, 1.0)
 

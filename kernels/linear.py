@@ -1,6 +1,6 @@
 """What the linear operators share: chunks of logits in one reused buffer, and products in the right precision.
 
-N tokens, H hidden size, V vocabulary. A product of all tokens costs 2NHV FLOPs; N x V logits are never held.
+N tokens, H hidden size, V vocabulary. A product of all tokens costs 2NHV FLOPs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Log-probabilities of target tokens from hidden states, without ever holding N x V logits.
+"""Log-probabilities of target tokens from hidden states, whose logits are held for some tokens at a time.
 
 Without gradients, for old and reference policies: 2NHV FLOPs. With gradients, for losses whose coefficients are not
 known in the forward pass (a ratio of whole sequences, as in GSPO): 8NHV, the logits being computed again in the
@@ -37,7 +37,8 @@ def linear_logprobs(
         targets: in [0, V).
         temperature: of the sampler.
         with_entropy: also return the entropy of each next-token distribution.
-        chunk_rows: tokens whose logits are held at once; default: as in `fused_linear_policy_loss`.
+        chunk_rows: tokens whose logits are held at once; default: 4096, in the backward pass as in
+            `fused_linear_policy_loss`.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape, device or value; the message names it.

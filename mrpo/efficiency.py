@@ -23,6 +23,7 @@ from mrpo.doctor.memory import (
     checkpointed_layers,
     checkpoints_all,
     compiles,
+    compiles_vision,
     estimate,
     size_of,
     total,
@@ -66,12 +67,12 @@ def make_efficient(model: Any, config: Config, runtime: Runtime) -> Efficiency:
     model.train()  # layers recompute nothing in evaluation mode; the families have no dropout
     on_gpu, layers = runtime.device.type == "cuda", model.model.language_model.layers
     compiled = compiles(config, on_gpu=on_gpu)
-    liger = _take_liger(config, on_gpu=on_gpu, compiled=compiled)
+    _require_possible(config, on_gpu=on_gpu)
+    liger = uses_liger(config, on_gpu=on_gpu, compiled=compiled)
     if liger:
         apply_liger(model)
     if compiled:
-        # A tower that takes its images one by one is not worth it: each size would be compiled anew.
-        compile_layers(model, vision=on_gpu and config.update.packing != "dense" and serves_segments())
+        compile_layers(model, vision=compiles_vision(config, on_gpu=on_gpu) and serves_segments())
     if config.update.checkpointing == "auto" and on_gpu:
         free = min(runtime.gather_objects(free_memory(model, runtime.device)))
         config = _with_checkpointing(config, choose_checkpointing(config, model, runtime.world_size, free))
@@ -147,13 +148,12 @@ def _with_checkpointing(config: Config, value: int | Literal["all"]) -> Config:
     return config.model_copy(update={"update": config.update.model_copy(update={"checkpointing": value})})
 
 
-def _take_liger(config: Config, *, on_gpu: bool, compiled: bool) -> bool:
+def _require_possible(config: Config, *, on_gpu: bool) -> None:
     if config.model.liger == "on":
         if not liger_is_installed():
             raise UserError("model.liger=on needs the liger-kernel package: pip install 'mrpo[liger]'")
         if not on_gpu:
             raise UserError("model.liger=on needs a GPU; set model.liger=auto")
-    return uses_liger(config, on_gpu=on_gpu, compiled=compiled)
 
 
 def _vision_parameters(model: Any) -> list[torch.nn.Parameter]:

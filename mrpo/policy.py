@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 
 from mrpo.backbones import Processor, write_prompt_style
 from mrpo.backbones.lora import has_adapters, merged_state_dict, save_adapters
-from mrpo.backbones.packed import use_packed_attention
+from mrpo.backbones.packed import use_packed_rows
 from mrpo.batching import DenseBatch, PackedBatch, Row, collate, pack
 from mrpo.config import Config
 from mrpo.deepspeed_config import deepspeed_config
@@ -57,7 +57,7 @@ class Policy:
         attention = None if config.update.attention == "auto" else config.update.attention
         efficiency = make_efficient(model, config, runtime)
         if config.update.packing != "dense":
-            use_packed_attention(model, family)
+            use_packed_rows(model, family)
         module = PolicyModule(model, family, config.loss, config.rollout.temperature, attention)
         self._planner = Planner(config, processor, runtime, cost_model(model, family, config, device))
         self._runner = PassRunner(self._planner, config.deepspeed.zero_stage)

@@ -12,7 +12,7 @@ from grouped_rows import make_groups, randomize_adapters, with_old_and_reference
 from tiny_models import TINY_FAMILIES, build_tiny_model
 
 from mrpo.backbones import Processor, load_model, load_processor
-from mrpo.backbones.packed import use_packed_attention
+from mrpo.backbones.packed import use_packed_rows
 from mrpo.batching import Row, collate, pack
 from mrpo.config import Config, LossConfig
 from mrpo.packing import CostModel, GroupSize, plan_passes
@@ -55,7 +55,7 @@ def _config(folder: Path, **model: Any) -> Config:
 
 
 def _module(model: Any, processor: Processor) -> PolicyModule:
-    use_packed_attention(model, processor.family)
+    use_packed_rows(model, processor.family)
     return PolicyModule(model, processor.family, LOSS, temperature=0.8)
 
 

@@ -11,7 +11,7 @@ from grouped_rows import GroupPlan, make_groups
 from tiny_models import build_tiny_model
 
 from mrpo.backbones import Processor, load_model, load_processor
-from mrpo.backbones.packed import use_packed_attention
+from mrpo.backbones.packed import use_packed_rows
 from mrpo.batching import Row, collate, pack
 from mrpo.config import Config, LossConfig
 from mrpo.kernels.prefix_attention import AttentionName
@@ -68,7 +68,7 @@ def test_packed_rows_are_as_exact_as_dense_ones(config: Config, attention: Atten
     )
     wide.load_state_dict(narrow.state_dict())  # the same weights, rounded alike
     for model in (wide, narrow):
-        use_packed_attention(model, processor.family)
+        use_packed_rows(model, processor.family)
     groups = make_groups(processor, PLANS, longest=256)
     exact = logprobs(wide, processor, groups, "sdpa", packed=False)
     dense = error(logprobs(narrow, processor, groups, attention, packed=False), exact)
@@ -81,7 +81,7 @@ def test_packed_rows_are_as_exact_as_dense_ones(config: Config, attention: Atten
 def test_packed_rows_equal_dense_ones_in_fp32(config: Config, attention: AttentionName) -> None:
     processor = load_processor(config)
     model = load_model(config.model).cuda()
-    use_packed_attention(model, processor.family)
+    use_packed_rows(model, processor.family)
     groups = make_groups(processor, PLANS[:2], longest=64)
     dense = logprobs(model, processor, groups, attention, packed=False)
     packed = logprobs(model, processor, groups, attention, packed=True)

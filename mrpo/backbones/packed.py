@@ -35,7 +35,7 @@ class PackedRow:
     image_places: torch.Tensor
 
 
-def use_packed_attention(model: Any, family: Family) -> None:
+def use_packed_rows(model: Any, family: Family) -> None:
     """Makes both towers of `model` take packed rows; its dense rows and generation give the numbers they gave."""
     use_prefix_attention(model)
     if family.ragged_vision and serves_segments():

@@ -22,7 +22,7 @@ def embed_patches_by_product(model: Any) -> None:
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    return type(module) is Conv3d and module.groups == 1 and not any(module.padding)
+    return type(module) is Conv3d and module.groups == 1 and not any(module.padding) and max(module.dilation) == 1
 
 
 def _forward(self: Conv3d, patches: torch.Tensor) -> torch.Tensor:

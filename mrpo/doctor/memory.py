@@ -186,7 +186,7 @@ def _update(config: Config, model: ModelSize, prompt: PromptSize, num_processes:
     count = checkpointed_layers(config, model.text.layers, on_gpu=on_gpu)
     terms = [_activations("activations", model.text, inside, size.tokens, count, width)]
     if model.vision is not None and size.patches:
-        inside = vision_layer_values(model.vision, compiled=compiled and on_gpu and config.update.packing != "dense")
+        inside = vision_layer_values(model.vision, compiled=compiles_vision(config, on_gpu=on_gpu))
         if config.model.freeze_vision or (config.model.lora_rank and not config.model.lora_vision):
             arithmetic = f"{size.patches:,} patches x {inside:,} values x {width} B (one layer, frozen)"
             terms.append(Term("vision activations", arithmetic, size.patches * inside * width))
@@ -217,6 +217,11 @@ def compiles(config: Config, *, on_gpu: bool) -> bool:
     return config.update.compile == "on" or (
         config.update.compile == "auto" and on_gpu and config.deepspeed.zero_stage < 3
     )
+
+
+def compiles_vision(config: Config, *, on_gpu: bool) -> bool:
+    """Whether layers of the vision tower are, too: only where it takes all images at once, or each size would be."""
+    return on_gpu and compiles(config, on_gpu=on_gpu) and config.update.packing != "dense"
 
 
 def uses_liger(config: Config, *, on_gpu: bool, compiled: bool) -> bool:

@@ -64,12 +64,18 @@ def test_the_own_backward_pass_is_the_derivative():
     )
 
 
-def test_the_longest_stretch_is_found():
-    tensors = inputs(9)
-    given, found = (
-        segment_attention(*tensors, starts_of([2, 4, 3]), longest, implementation="flash") for longest in (4, None)
-    )
-    assert torch.equal(given, found)
+@pytest.mark.parametrize("longest", [4, None])
+def test_kernels_are_told_the_longest_stretch(longest, monkeypatch):
+    told = []
+
+    class Listening(PlainVarlen):
+        def forward(self, q, k, v, spans, **options):
+            told.append((spans.max_queries, spans.max_keys))
+            return super().forward(q, k, v, spans, **options)
+
+    monkeypatch.setattr(prefix_flash, "default_primitive", Listening)
+    segment_attention(*inputs(9), starts_of([2, 4, 3]), longest, implementation="flash")
+    assert told == [(4, 4)]
 
 
 @pytest.mark.parametrize(
