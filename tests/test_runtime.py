@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
-from launching import launch
+from launching import free_port, launch, launch_environment
 
 WORKER = """
 import os
@@ -27,3 +29,13 @@ def test_shared_memory_has_no_name_that_a_crash_could_leave_behind(tmp_path: Pat
     script.write_text(WORKER)
     done = launch(script, [], num_processes=2)
     assert "sum [2.0, 1.0] shared memory with a name []" in done.stdout, done.stdout + done.stderr
+
+
+def test_processes_that_cannot_meet_are_told_what_to_set() -> None:
+    join = [sys.executable, "-c", "from mrpo.runtime import Runtime; Runtime.start(seed=0)"]
+    environment = launch_environment() | {"GLOO_SOCKET_IFNAME": "nonesuch0", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(join, env=environment, capture_output=True, text=True, timeout=120)
+    message = done.stderr.splitlines()[-1]
+    assert "UserError: the processes of the run cannot reach each other" in message
+    named = ("nonesuch0", "GLOO_SOCKET_IFNAME", "MASTER_PORT")
+    assert all(name in message for name in named), message
