@@ -65,6 +65,8 @@ class FakeServer:
             with ThreadPoolExecutor(WORKERS) as pool:
                 self.groups = list(pool.map(lambda i: self._join(i, first + i, size, seconds), range(WORKERS)))
             return None
+        if method == "mrpo_is_member":
+            return bool(self.groups)
         if method == "mrpo_receive_weights":
             with ThreadPoolExecutor(WORKERS) as pool:
                 received = list(pool.map(lambda group: dict(group.receive()), self.groups))

@@ -63,9 +63,16 @@ class GroupPush:
             self._group = WeightGroup(store, 0, size, device, address=address, seconds=seconds)
 
     def __call__(self, weights: Weights) -> None:
+        # Without one of its members a broadcast would wait for `seconds`.
+        on_all(self._servers, _REFUSED, self._require_members)
         with answering(self._servers, _REFUSED, lambda server: server.call("mrpo_receive_weights")):
             self._group.send(weights())
         on_all(self._servers, _REFUSED, Server.reset_caches)
+
+    @staticmethod
+    def _require_members(server: Server) -> None:
+        if not all(server.call("mrpo_is_member")):
+            raise ServerError("it was started anew and has left the process group; go on with --resume")
 
 
 class FolderPush:

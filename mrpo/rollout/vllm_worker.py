@@ -51,7 +51,7 @@ class WeightReceiver:
     _buckets: list[bytes]
     _host: str
     _store: Any
-    _weight_group: WeightGroup
+    _weight_group: WeightGroup | None = None
 
     def mrpo_describe(self) -> dict[str, Any]:
         """What the server serves, in the words of its configuration."""
@@ -74,8 +74,13 @@ class WeightReceiver:
         address, store = self._host, self._store
         self._weight_group = WeightGroup(store, rank, int(size), device, address=address, seconds=float(seconds))
 
+    def mrpo_is_member(self) -> bool:
+        """Whether this worker belongs to the group of a trainer."""
+        return self._weight_group is not None
+
     def mrpo_receive_weights(self) -> None:
         """Loads what the trainer sends through the group."""
+        assert self._weight_group is not None  # the trainer asked
         received = self._weight_group.receive()
         try:
             load_weights(self, received)

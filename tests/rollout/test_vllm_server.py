@@ -274,6 +274,14 @@ def test_a_server_that_does_not_take_broadcast_weights_is_named(
             engine.sync(lambda: iter([("w", torch.ones(1 << 22))]))
 
 
+def test_a_server_that_was_started_anew_is_named_at_once(description: dict[str, Any], processor: Processor) -> None:
+    with FakeServer(description, lambda request: 500).running() as server:
+        engine = _engine(_config(server.url, sync_group=True, server_timeout=600), processor)
+        server.groups = []
+        with pytest.raises(UserError, match=rf"{server.url} did not take the new weights: .*anew.*--resume"):
+            engine.sync(lambda: iter([("w", torch.ones(1))]))
+
+
 def test_buckets_hold_what_fits() -> None:
     weights = [(f"w{i}", torch.randn(size)) for i, size in enumerate((10, 20, 100, 5, 5))]
     parts = list(buckets(iter(weights), limit=4 * 30))
