@@ -48,7 +48,7 @@ def find_nvcc() -> str | None:
     if found is None and (named or wish == "1"):
         demand = f"NVCC={named}" if named else "MRPO_CUDA=1"
         raise FileNotFoundError(
-            f"{demand}, but there is no such compiler: install CUDA 12 or newer, or set MRPO_CUDA=0"
+            f"{demand}, but there is no such compiler: install CUDA 12.1 or newer, or set MRPO_CUDA=0"
         )
     return found
 
@@ -81,6 +81,7 @@ class BuildExtension(build_ext):
     """Adds the CUDA part where it can be built, and says what is missing when a compiler is."""
 
     def build_extension(self, extension: Pybind11Extension) -> None:
+        self.force = True  # what it is made of depends on the environment, too, which file times do not tell
         nvcc, architectures = find_nvcc(), ""
         if nvcc is None:
             reason = "MRPO_CUDA=0" if os.environ.get("MRPO_CUDA") == "0" else "no nvcc in $NVCC, $CUDA_HOME or PATH"
@@ -108,7 +109,7 @@ class BuildExtension(build_ext):
             home = cuda_home(nvcc)
         except (CCompilerError, OSError, IndexError) as error:
             raise CCompilerError(
-                f"{error}\n\nnvcc ({nvcc}) cannot compile the CUDA part of mrpo._C, which needs CUDA 12 or newer. "
+                f"{error}\n\nnvcc ({nvcc}) cannot compile the CUDA part of mrpo._C, which needs CUDA 12.1 or newer. "
                 "MRPO_CUDA=0 pip install ... installs without it: on a GPU the policy loss then runs in Triton."
             ) from error
         folders = (home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib"))

@@ -33,10 +33,11 @@ cudaError_t device_of(int index, Device& device) {
 }
 
 // How many clusters of this shape a device runs at once.
-template <typename Kernel>
-cudaError_t resident_clusters(Kernel kernel, int device, const ClusterShape& shape, const cudaLaunchConfig_t& config,
-                              int& clusters) {
-  static std::map<std::tuple<int, int, int, int>, int> known;  // one map a kernel
+template <typename Logit, bool kEntropy>
+cudaError_t resident_clusters(int device, const ClusterShape& shape, const cudaLaunchConfig_t& config, int& clusters) {
+  const auto kernel = cluster_kernel<Logit, kEntropy>;  // its type is another kernel's, too, and tells them not apart
+  static std::map<std::tuple<int, int, int, int>, int> known;
+  static std::map<int, int> limits;  // by device: shared memory that the kernel may have
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_tuple(device, shape.blocks, shape.warps, shape.slots);
@@ -45,7 +46,11 @@ cudaError_t resident_clusters(Kernel kernel, int device, const ClusterShape& sha
     return cudaSuccess;
   }
   const auto bytes = int(config.dynamicSmemBytes);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = cudaSuccess;
+  if (int& limit = limits[device]; bytes > limit) {  // a smaller shape must not lower it for the larger ones
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (!error) limit = bytes;
+  }
   if (!error) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (!error && clusters == 0) error = cudaErrorInvalidConfiguration;
   if (!error) known[key] = clusters;
@@ -68,16 +73,19 @@ cudaError_t launch_clusters(const PolicyLossArgs<Logit>& args, const ClusterShap
   config.attrs = &cluster;
   config.numAttrs = 1;
   int clusters = 0;
-  if (const cudaError_t error = resident_clusters(kernel, device, shape, config, clusters)) return error;
+  if (const cudaError_t error = resident_clusters<Logit, kEntropy>(device, shape, config, clusters)) return error;
   config.gridDim = dim3(int(args.rows < clusters ? args.rows : clusters) * shape.blocks);
   return cudaLaunchKernelEx(&config, kernel, args, shape.slots);
 }
 
 template <typename Logit, bool kEntropy>
 cudaError_t launch_blocks(const PolicyLossArgs<Logit>& args, cudaStream_t stream) {
-  const size_t shared = kBlockThreads / kLanes * sizeof(RunningSum);
-  block_kernel<Logit, kEntropy><<<unsigned(args.rows), kBlockThreads, shared, stream>>>(args);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(args.rows));
+  config.blockDim = dim3(kBlockThreads);
+  config.dynamicSmemBytes = kBlockThreads / kLanes * sizeof(RunningSum);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, block_kernel<Logit, kEntropy>, args);
 }
 
 template <typename Logit, bool kEntropy>

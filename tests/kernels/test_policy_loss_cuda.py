@@ -26,7 +26,7 @@ from mrpo.kernels.policy_loss_cpp import kernel_arguments
 from mrpo.kernels.records import LossConfig, RowInputs, RowOutputs
 
 HERE, CSRC = Path(__file__).parent / "cuda_emulation", Path(__file__).parents[2] / "csrc"
-EMULATED = {HERE / "cuda_primitives.cuh", HERE / "emulated_kernels.cpp", HERE / "race_check.cpp"}
+EMULATED = set(HERE.iterdir())
 SOURCES = EMULATED | {path for path in CSRC.iterdir() if path.name != "cuda_primitives.cuh"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -91,28 +91,24 @@ def run(
     haste: float = 0.1,
 ) -> RowOutputs:
     """Everything the kernel writes, in memory that held NaN or nonsense before."""
-    logits = case.logits
-    rows = len(logits)
+    outputs = poisoned(case.logits, gradient, entropy)
     inputs = RowInputs(case.targets, **case.others)
+    call(kernels, case.logits, inputs, config, outputs, shape, seed=seed, haste=haste)
+    return outputs
 
-    def poisoned(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full((rows,), True if dtype == torch.bool else torch.nan, dtype=dtype)
+
+def poisoned(logits: torch.Tensor, gradient: str, entropy: bool) -> RowOutputs:
+    """Memory for what a kernel writes, full of NaN and nonsense; a new gradient is laid out like the logits."""
+
+    def fresh(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full((len(logits),), True if dtype == torch.bool else torch.nan, dtype=dtype)
 
     dlogits = {
         "none": None,
         "inplace": logits,
         "new": strided(torch.full_like(logits, torch.nan), *layout_of(logits)),
     }[gradient]
-    outputs = RowOutputs(
-        losses=poisoned(),
-        logprobs=poisoned(),
-        clipped=poisoned(torch.bool),
-        kl=poisoned(),
-        entropy=poisoned() if entropy else None,
-        dlogits=dlogits,
-    )
-    call(kernels, logits, inputs, config, outputs, shape, seed=seed, haste=haste)
-    return outputs
+    return RowOutputs(fresh(), fresh(), fresh(torch.bool), fresh(), fresh() if entropy else None, dlogits)
 
 
 def call(
@@ -126,7 +122,7 @@ def call(
 ) -> None:
     row_bytes = logits.shape[1] * logits.element_size()
     slots = kernels.needed_slots(row_bytes, shape.blocks, shape.warps) + shape.spare if shape.blocks else 0
-    kernels.policy_loss_cuda(
+    kernels.run_kernel(
         dtype=str(logits.dtype).removeprefix("torch."),
         blocks=shape.blocks,
         warps=shape.warps,
@@ -361,6 +357,52 @@ def test_gradients_that_begin_elsewhere_take_the_plain_kernel(kernels: ModuleTyp
     elsewhere = replace(outputs, dlogits=torch.empty(5, 1001))
     call(kernels, padded, inputs, LossConfig(), elsewhere, PLAIN, seed=0, haste=0.1)
     assert_close(elsewhere, exact(case, LossConfig()), 1e-5)
+
+
+def launched(
+    kernels: ModuleType, case: Case, *, entropy: bool = False, dlogits: torch.Tensor | None = None, **options: Any
+) -> int:
+    """A call as the trainer makes it, whose results must be right; the blocks of its clusters, 0: the plain kernel."""
+    outputs = poisoned(case.logits, "new", entropy)
+    outputs = outputs if dlogits is None else replace(outputs, dlogits=dlogits)
+    arguments = kernel_arguments(case.logits, RowInputs(case.targets, **case.others), LossConfig(), outputs)
+    dtype = str(case.logits.dtype).removeprefix("torch.")
+    blocks = kernels.launch_kernel(dtype=dtype, **options, **arguments)
+    assert_close(outputs, exact(case, LossConfig()), rounding(case.logits.dtype))
+    return blocks
+
+
+@pytest.mark.parametrize("sizes", [(9, 9, 9), (9, 4, 9), (4, 9, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_and_shapes_may_follow_each_other(
+    kernels: ModuleType, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> None:
+    """What one call asks of the device holds for every kernel and must not stand in the way of the next call."""
+    case = full_case(3, 1001, dtype)
+    warps = {torch.float32: 3, torch.bfloat16: 4, torch.float16: 5}[dtype]  # shapes that no other test has asked for
+    for entropy in (False, True):
+        for size in sizes:
+            cluster = (2, warps, size)
+            assert (kernels.shared_bytes(*cluster) > 48 << 10) == (size > 4)
+            assert launched(kernels, case, entropy=entropy, cluster=cluster, clusters=2) == 2
+
+
+def test_the_device_and_the_rows_decide_which_kernel_runs(kernels: ModuleType) -> None:
+    case = full_case(4, 1003, torch.float32)
+    assert launched(kernels, case) == kernels.cluster_shape(4 * 1003, 232_448)[0] > 0
+    assert launched(kernels, case, cluster=(4, 1, 4)) == 4
+    assert launched(kernels, case, device=1) == 0  # before Hopper
+    assert launched(kernels, case, cluster=(0, 0, 0)) == 0
+    assert launched(kernels, case, dlogits=strided(case.logits, 1, 0)) == 0  # aligned otherwise
+    long = full_case(2, 500_001, torch.float32)
+    assert launched(kernels, long) == 0  # no cluster holds a row
+
+
+def test_what_cannot_be_launched_is_told(kernels: ModuleType) -> None:
+    case = full_case(4, 9001, torch.float32)
+    for cluster in [(1, 1, 2), (16, 1, 8), (1, 8, 1000)]:  # too few slots, too large a cluster, too much memory
+        with pytest.raises(RuntimeError, match="invalid"):
+            launched(kernels, case, cluster=cluster)
 
 
 def test_no_two_threads_race(pytestconfig: pytest.Config) -> None:

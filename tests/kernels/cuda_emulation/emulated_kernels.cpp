@@ -1,8 +1,13 @@
-// The CUDA kernels' own source, run on the CPU and called like mrpo._C.policy_loss_cuda.
+// The CUDA kernels' own source, run on the CPU: in any shape, and launched as by mrpo._C.policy_loss_cuda.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "block_kernel.cuh"
-#include "cluster_kernel.cuh"
+#include <array>
+#include <optional>
+
+#include "cuda_runtime.h"
+// After what stands for the CUDA runtime.
+#include "policy_loss_cuda.cu"
 #include "python_arguments.h"
 
 namespace py = pybind11;
@@ -11,9 +16,9 @@ namespace {
 
 using namespace mrpo;
 
-// Launches as csrc/policy_loss_cuda.cu does, except that the caller chooses the shape; blocks 0: the plain kernel.
+// One kernel in the shape that the caller chooses; blocks 0: the plain one.
 template <typename Logit, bool kEntropy>
-void launch(const PolicyLossArgs<Logit>& args, const ClusterShape& shape, int clusters, uint32_t seed, double haste) {
+void run_shape(const PolicyLossArgs<Logit>& args, const ClusterShape& shape, int clusters, uint32_t seed, double haste) {
   if (shape.blocks == 0) {
     const int shared = shape.warps * int(sizeof(RunningSum));
     emulation::launch([&] { block_kernel<Logit, kEntropy>(args); }, args.rows, 1, shape.warps * kLanes, shared, seed,
@@ -32,14 +37,14 @@ template <typename Logit>
 void run(const py::kwargs& arguments, const ClusterShape& shape, int clusters, uint32_t seed, double haste) {
   const auto args = policy_loss_args<Logit>(arguments);
   if (args.entropy) {
-    launch<Logit, true>(args, shape, clusters, seed, haste);
+    run_shape<Logit, true>(args, shape, clusters, seed, haste);
   } else {
-    launch<Logit, false>(args, shape, clusters, seed, haste);
+    run_shape<Logit, false>(args, shape, clusters, seed, haste);
   }
 }
 
-void policy_loss_cuda(const std::string& dtype, int blocks, int warps, int slots, int clusters, uint32_t seed,
-                      double haste, const py::kwargs& arguments) {
+void run_kernel(const std::string& dtype, int blocks, int warps, int slots, int clusters, uint32_t seed, double haste,
+                const py::kwargs& arguments) {
   ClusterShape shape;
   shape.blocks = blocks;
   shape.warps = warps;
@@ -49,13 +54,26 @@ void policy_loss_cuda(const std::string& dtype, int blocks, int warps, int slots
   if (dtype == "float16") run<float16>(arguments, shape, clusters, seed, haste);
 }
 
+// As mrpo._C does. Returns the blocks of a cluster, 0 for the plain kernel, -1 where nothing was launched.
+int launch_kernel(const std::string& dtype, int device, const std::optional<std::array<int, 3>>& cluster, int clusters,
+                  const py::kwargs& arguments) {
+  emulation::resident_clusters = clusters;
+  emulation::launched = -1;
+  const std::string error =
+      policy_loss_cuda(policy_loss_args<void>(arguments), dtype, device, nullptr, cluster ? &*cluster : nullptr);
+  if (!error.empty()) throw std::runtime_error(error);
+  return emulation::launched;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated_kernels, module) {
   using namespace pybind11::literals;
   module.attr("chunk_bytes") = kChunkBytes;
-  module.def("policy_loss_cuda", &policy_loss_cuda, py::kw_only(), "dtype"_a, "blocks"_a, "warps"_a, "slots"_a,
-             "clusters"_a, "seed"_a, "haste"_a);
+  module.def("run_kernel", &run_kernel, py::kw_only(), "dtype"_a, "blocks"_a, "warps"_a, "slots"_a, "clusters"_a,
+             "seed"_a, "haste"_a);
+  module.def("launch_kernel", &launch_kernel, py::kw_only(), "dtype"_a, "device"_a = 0,
+             "cluster"_a = py::none(), "clusters"_a = 1);
   module.def("needed_slots", &needed_slots, "row_bytes"_a, "blocks"_a, "warps"_a);
   module.def("shared_bytes", [](int blocks, int warps, int slots) { return SharedLayout(blocks, warps, slots).bytes; });
   module.def("cluster_shape", [](int64_t row_bytes, int shared_bytes) {
