@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_setting(text: str) -> bool:
-    return _SETTING.match(text) is not None and not Path(text).exists()
+    return _SETTING.match(text) is not None and not os.path.exists(text)  # unlike Path's, it takes any length
 
 
 def _load(file: Path | None, overrides: Sequence[str]) -> Config:

@@ -186,7 +186,7 @@ class Endpoint:
             try:
                 text = chosen_text(await self._send(messages, request))
                 return request.parse(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter: JSON nested without end
                 reason = str(error)
             if ask + 1 < ASKS:
                 self._tally.add(repairs=1)

@@ -24,13 +24,15 @@ class SentenceEncoder:
     """A Hugging Face encoder in `folder`, such as all-MiniLM-L6-v2, whose token states are averaged.
 
     Raises:
-        UserError: `folder` holds no encoder with its tokenizer.
+        UserError: `folder` holds no encoder with its tokenizer and safetensors weights.
     """
 
     def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+            self._model = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            ).eval()
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).partition("\n")[0][:200]
             raise UserError(f"judge.encoder={folder} is no folder of a sentence encoder: {reason}") from None

@@ -2,14 +2,16 @@
 
 math-verify reads the last number it can find: "3 cm" equals "3 mm" to it, "2 left" equals "2 right", and the range
 "2-3" equals "4-5". So an answer is handed over only when it is one number, fraction, power or formula as a whole, and
-both answers must name the same unit. The grammar also bounds the work: sympy would try to write out 9^9^9, and
-math-verify's own time-out is a signal that only the main thread may set.
+both answers must name the same unit. The grammar also bounds the work: sympy would try to write out 9^9^9 and to expand
+(a+b)^9(c+d)^9, its parser tries every reading of nested braces, and math-verify's own time-out is a signal that only
+the main thread may set.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from itertools import accumulate
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -25,8 +27,12 @@ _FORMULA_PART = r"""
   | (?<![a-z])[a-z](?![a-z])                                          # variables
 """
 _SAFE_FORMULA = re.compile(rf"(?:{_FORMULA_PART})+", re.VERBOSE | re.IGNORECASE)
+_COMMAND = re.compile(r"\\[a-z]+", re.IGNORECASE)
+_POWER_OF_GROUP = re.compile(r"[)}]\s*\^")
 _MAX_CHARS = 64
 _MAX_POWERS = 2
+_MAX_VARIABLES = 2
+_MAX_DEPTH = 6  # of parentheses and braces
 _EXTRACTION = (LatexExtractionConfig(), ExprExtractionConfig())
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it runs without a time-out
@@ -53,9 +59,19 @@ def _quantity(text: str) -> tuple[str, str] | None:
     body = formula[1] or formula[3]
     unit = _unit(" ".join([*_FORMULA_UNIT.findall(body), formula[2] or ""]))
     body = _FORMULA_UNIT.sub("", body).strip()
-    if not _SAFE_FORMULA.fullmatch(body) or body.count("^") > _MAX_POWERS:
-        return None
-    return f"${body}$", unit
+    return (f"${body}$", unit) if _is_cheap(body) else None
+
+
+def _is_cheap(body: str) -> bool:
+    """Whether sympy reads and compares a formula at once."""
+    variables = set(filter(str.isalpha, _COMMAND.sub(" ", body)))
+    return (
+        _SAFE_FORMULA.fullmatch(body) is not None
+        and body.count("^") <= _MAX_POWERS
+        and not _POWER_OF_GROUP.search(body)
+        and len(variables) <= _MAX_VARIABLES
+        and max(accumulate((char in "({") - (char in ")}") for char in body)) <= _MAX_DEPTH
+    )
 
 
 def _unit(text: str) -> str:

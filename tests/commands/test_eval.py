@@ -128,6 +128,7 @@ def test_bad_input_is_told_before_anything_is_judged(tmp_path: Path, capsys: pyt
     assert "4 questions differ between base" in error_of(capsys, base, fewer, "--out", out)
     assert "optim.lr=1: mrpo eval takes judge.*" in error_of(capsys, base, "--out", out, "optim.lr=1")
     assert "judge.kind" in error_of(capsys, base, "--out", out, "judge.kind=human")
+    assert "reward.x" in error_of(capsys, base, "--out", out, "reward.x=" + 300 * "1")  # too long for a file's name
     assert "no such file" in error_of(capsys, tmp_path / "none.jsonl", "--out", out).lower()
     assert "at least one file" in error_of(capsys, "judge.kind=embedded", "--out", out)
     assert "cannot be written" in error_of(capsys, base, "--out", base / "inner")

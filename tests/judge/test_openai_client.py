@@ -86,6 +86,7 @@ MALFORMED: dict[str, Callable[[dict[str, Any]], Answer]] = {
     "no choices": lambda record: (200, {}, '{"choices": []}'),
     "not even JSON": lambda record: (200, {}, "<html>"),
     "a list": lambda record: (200, {}, "[1]"),
+    "nested without end": lambda record: (200, {}, '{"a":' * 100_000 + "1" + "}" * 100_000),
     "text bits": lambda record: completion(
         json.dumps(
             {"steps": [{"index": i, "reason": "", "gold_alignment": "yes", "answer_contribution": 1} for i in (1, 2)]}

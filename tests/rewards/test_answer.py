@@ -57,6 +57,11 @@ def test_same_answers_score_one(prediction: str, gold: str) -> None:
         ("9^9^9^9", "3"),
         (r"$\sum_{i=1}^{99} 9^{99}$", "3"),
         ("$3$ cm", "$3$ mm"),
+        ("$(x+y)^9*(a+b+c+d+e+f+g+h)^9$", "2"),  # this and the next four would take minutes
+        ("$((x+y+z+w+a+b+c+d)^9)^9$", "2"),
+        ("$(x+y)^{99}(x-y)^{99}$", "2"),
+        (r"$((1.5+\sqrt{2}+\sqrt{3})^{99})^{99}$", "2"),
+        ("$" + 20 * "{" + "x" + 20 * "}" + "$", "2"),
         ("1" * 100, "2"),
         ("$", "$$"),
     ],
