@@ -163,6 +163,7 @@ __device__ __forceinline__ RowGradient finish_row(const PolicyLossRows& args, in
     }
   }
   const float coefficient = token.weight * loss.dlogprob / args.config.temperature;
+  if (coefficient == 0.f) return {};  // nor does 0 times the NaN of a NaN logit reach the target's column
   return {others.pivot, -coefficient / total, coefficient * (others.sum / total), coefficient};
 }
 

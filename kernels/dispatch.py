@@ -10,14 +10,17 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache
+from contextvars import ContextVar, copy_context
+from functools import lru_cache, wraps
 from importlib.util import find_spec
 from types import FrameType, ModuleType
+from typing import Any, TypeVar, cast
 
 import torch
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 _HALF_AND_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,6 +69,24 @@ def forbid_fallback() -> Iterator[None]:
         yield
     finally:
         _fallback_forbidden.reset(token)
+
+
+def remember_context(ctx: Any) -> None:
+    """Keeps what `use` and `forbid_fallback` say now, in a forward pass, for the backward pass."""
+    ctx.caller = copy_context()
+
+
+def in_context_of_forward(backward: _Backward) -> _Backward:
+    """A backward pass for which `use` and `forbid_fallback` hold that were in force when `remember_context` was called.
+
+    The backward pass of GPUs runs in threads of autograd's own, where nothing of the caller's holds.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        return ctx.caller.copy().run(backward, ctx, *gradients)
+
+    return cast(_Backward, run)
 
 
 def implementation_of(operator: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .checks import check_tensor, require
+from .dispatch import in_context_of_forward, remember_context
 from .linear import WeightGradient, check_linear, logit_chunks, plan_chunks, product_dtype
 from .rows import LossConfig, RowInputs, loss_rows
 
@@ -78,6 +79,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[part] = found.logprobs
             if entropy is not None and found.entropy is not None:
                 entropy[part] = found.entropy
+        remember_context(ctx)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         if entropy is not None:
@@ -86,6 +88,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_context_of_forward
     def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

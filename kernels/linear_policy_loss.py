@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .checks import require
+from .dispatch import in_context_of_forward, remember_context
 from .linear import WeightGradient, check_linear, logit_chunks, plan_chunks, product_dtype
 from .policy_loss import PolicyLoss, check_policy_arguments
 from .rows import LossConfig, RowInputs, SegmentedAdvantages, loss_rows, times_upstream
@@ -139,6 +140,7 @@ class _FusedLinearPolicyLoss(torch.autograd.Function):
 
         if dhidden is not None and len(positions) < rows:
             dhidden = dhidden.new_zeros(rows, hidden.shape[1]).index_copy_(0, positions, dhidden)
+        remember_context(ctx)
         ctx.save_for_backward(
             dhidden,
             None if dweight is None else dweight.result().to(weight.dtype),
@@ -151,6 +153,7 @@ class _FusedLinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_context_of_forward
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         gradients = [None if saved is None else times_upstream(saved, grad_loss) for saved in ctx.saved_tensors]
         return (*gradients, *([None] * 6))

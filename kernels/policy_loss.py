@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .checks import check_tensor, require
-from .dispatch import implementation_of
+from .dispatch import implementation_of, in_context_of_forward, remember_context
 from .records import LossConfig, RowInputs, SegmentedAdvantages
 from .rows import Gradient, loss_rows, times_upstream
 
@@ -119,6 +119,7 @@ class _PolicyLoss(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, inputs: RowInputs, config: LossConfig, with_entropy: bool, gradient: Gradient
     ) -> tuple[torch.Tensor | None, ...]:
         found = loss_rows(logits, inputs, config=config, entropy=with_entropy, gradient=gradient)
+        remember_context(ctx)
         ctx.save_for_backward(found.dlogits)
         values = (found.logprobs, found.clipped, found.kl, found.entropy)
         ctx.mark_non_differentiable(*(tensor for tensor in values if tensor is not None))
@@ -126,6 +127,7 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_context_of_forward
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         (dlogits,) = ctx.saved_tensors
         return times_upstream(dlogits, grad_loss), None, None, None, None

@@ -53,16 +53,17 @@ def join_in_place(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`own` and `own_lse`, joined with the others."""
     length, heads, head_dim = own.shape
-    _join_kernel[(length,)](
-        own,
-        prefix,
-        own_lse,
-        prefix_lse,
-        has_prefix,
-        length,
-        heads,
-        head_dim,
-        HEADS=triton.next_power_of_2(heads),
-        HEAD_DIM=triton.next_power_of_2(head_dim),
-    )
+    with torch.cuda.device_of(own):
+        _join_kernel[(length,)](
+            own,
+            prefix,
+            own_lse,
+            prefix_lse,
+            has_prefix,
+            length,
+            heads,
+            head_dim,
+            HEADS=triton.next_power_of_2(heads),
+            HEAD_DIM=triton.next_power_of_2(head_dim),
+        )
     return own, own_lse

@@ -105,5 +105,6 @@ def shaped_advantages_triton(
             ROUND=round_weights,
             BLOCK=_BLOCK,
             num_warps=4,
+            enable_fp_fusion=False,  # weight * 100 is rounded before the rounder is added, as in the reference
         )
     return out

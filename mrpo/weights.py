@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from mrpo.backbones.lora import merged_weight
 from mrpo.errors import UserError
 
 BUCKET_BYTES = 1 << 29
@@ -38,14 +39,9 @@ class _Weight:
     @torch.no_grad()
     def read(self) -> torch.Tensor:
         """The tensor, merged with its adapters in float32; the stored one is never touched."""
-        stored = self.parameter.detach()
         if self.adapter is None or self.adapter.disable_adapters or self.adapter.merged:
-            return stored
-        merged = stored.float()
-        for name in self.adapter.active_adapters:
-            if name in self.adapter.scaling:
-                merged = merged + self.adapter.get_delta_weight(name).float()
-        return merged.to(stored.dtype)
+            return self.parameter.detach()
+        return merged_weight(self.adapter)
 
 
 def checkpoint_weights(

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import TINY_FAMILIES, build_tiny_model
 
 from mrpo.backbones import load_model
+from mrpo.backbones.lora import merged_state_dict
 from mrpo.config import ModelConfig
 from mrpo.errors import UserError
-from mrpo.weights import checkpoint_weights
+from mrpo.weights import checkpoint_names, checkpoint_weights
 
 
 def _load(folder: Path) -> Any:
@@ -81,6 +82,25 @@ def test_lora_is_merged_and_the_stored_base_untouched(
     merged.save_pretrained(tmp_path)
     _assert_same(found, load_file(tmp_path / "model.safetensors"), rtol=1e-6, atol=1e-6)
     assert any(not torch.allclose(found[name], base[name], atol=1e-3) for name in base)
+
+
+def test_the_engine_gets_the_bits_that_are_exported(tiny_folder: Callable[[str], Path]) -> None:
+    """In bf16, where it matters that B A is not rounded by itself."""
+    model = load_model(ModelConfig(path=str(tiny_folder("qwen3_vl")), dtype="bfloat16", lora_rank=4))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    exported = merged_state_dict(model)
+    named = checkpoint_names(model, exported)
+    found = dict(checkpoint_weights(model, zero_stage=0))
+    assert all(torch.equal(found[named[name]], tensor) for name, tensor in exported.items() if named[name] in found)
+    place = "model.language_model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(place)
+    low, high = (getattr(layer, f"lora_{part}")["default"].weight.double() for part in "AB")
+    truth = layer.base_layer.weight.double() + layer.scaling["default"] * high @ low
+    rounding = (exported[f"{place}.weight"].double() - truth).abs() / truth.abs()
+    assert rounding.max() <= 2**-8  # half of a unit in the last place
 
 
 def test_dora_is_refused(tiny_folder: Callable[[str], Path]) -> None:

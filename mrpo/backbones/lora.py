@@ -80,12 +80,22 @@ def merged_state_dict(model: Any) -> dict[str, torch.Tensor]:
         name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
     }
     for name, layer in _adapted_layers(model):
-        weight = layer.base_layer.weight
-        low, high, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        merged = torch.addmm(weight.to(wide), high.to(wide), low.to(wide), alpha=scale)
-        state[f"{name}.weight"] = merged.to(weight.dtype)
+        state[f"{name}.weight"] = merged_weight(layer)
     return state
+
+
+@torch.no_grad()
+def merged_weight(layer: Any) -> torch.Tensor:
+    """The weight of a layer of peft's with its active adapters added in float32, rounded once, in its own dtype."""
+    weight = layer.base_layer.weight
+    merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for name in filter(layer.scaling.__contains__, layer.active_adapters):
+        if isinstance(layer.base_layer, nn.Linear):
+            low, high = layer.lora_A[name].weight.to(merged.dtype), layer.lora_B[name].weight.to(merged.dtype)
+            merged = torch.addmm(merged, high, low, alpha=layer.scaling[name])
+        else:  # peft multiplies in the adapters' own dtype
+            merged = merged + layer.get_delta_weight(name)
+    return merged.to(weight.dtype)
 
 
 def save_adapters(model: Any, folder: Path | str) -> None:

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from mrpo.kernels import dispatch, policy_loss
+from mrpo.kernels import dispatch, linear_logprobs, policy_loss, rows
 from mrpo.kernels.checks import check_values, values_are_checked
 
 CPU = torch.device("cpu")
@@ -45,6 +47,25 @@ def test_use_overrides_the_table_and_ends_with_its_block() -> None:
     with dispatch.use("reference"):
         assert dispatch.implementation_of("policy_loss", CPU, torch.float32) == "reference"
     assert dispatch.implementation_of("policy_loss", CPU, torch.float32) == "cpp"
+
+
+def test_the_backward_pass_runs_as_the_forward_pass_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever thread: on GPUs autograd runs it in one of its own."""
+    asked: list[str] = []
+
+    def tell(*arguments: Any) -> str:
+        asked.append(dispatch.implementation_of(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(rows, "implementation_of", tell)
+    hidden = torch.ones(2, 4, requires_grad=True)
+    with dispatch.use("reference"):
+        logprobs, _ = linear_logprobs(hidden, torch.ones(3, 4), torch.tensor([0, 2]))
+    thread = threading.Thread(target=logprobs.sum().backward)
+    thread.start()
+    thread.join()
+    assert hidden.grad is not None
+    assert asked == ["reference"] * 2
 
 
 def test_a_forced_implementation_that_does_not_fit_raises() -> None:

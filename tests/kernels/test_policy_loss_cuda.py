@@ -311,6 +311,19 @@ def test_rows_of_weight_zero_give_zero_whatever_they_hold(kernels: ModuleType, s
         assert found.dlogits.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [PLAIN, *CLUSTERS], ids=str)
+@pytest.mark.parametrize("column", [0, 9, 66])
+def test_the_gradient_of_advantage_zero_is_zero_whatever_the_logits(
+    kernels: ModuleType, shape: Shape, column: int
+) -> None:
+    case = random_case(4, 67)
+    case = replace(case, advantages=torch.zeros(4), logits=strided(case.logits, 1, 0))
+    case.logits[0, column], case.logits[1, column] = torch.nan, torch.inf
+    found = run(kernels, case, LossConfig(), shape)
+    assert found.dlogits is not None
+    assert not found.dlogits.any()
+
+
 def test_segments_find_the_advantage_of_taken_out_rows(kernels: ModuleType) -> None:
     case = random_case(20, 300)
     generator = torch.Generator().manual_seed(3)

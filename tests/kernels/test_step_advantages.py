@@ -124,6 +124,13 @@ def test_weights_halfway_between_two_decimals_round_to_the_even_one(implementati
 
 
 @every_implementation
+def test_the_hundredfold_of_a_weight_is_rounded_before_its_nearest_integer(implementation: str) -> None:
+    """As PyTorch does: 100 times the double nearest to 0.065 is 6.5 in fp64, but lies above 6.5 in exact arithmetic."""
+    options = {"num_steps": 2, "implementation": implementation, "round_weights": True}
+    assert shape(1.0, [False] * 2, [0, 1], penalty=torch.tensor([0.065, 0.145]), **options) == [-0.06, -0.14]
+
+
+@every_implementation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_result_has_the_dtype_and_device_of_the_advantages(implementation: str, dtype: torch.dtype) -> None:
     device = device_of(implementation)
