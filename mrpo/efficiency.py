@@ -75,7 +75,8 @@ def make_efficient(model: Any, config: Config, runtime: Runtime) -> Efficiency:
         compile_layers(model, vision=compiles_vision(config, on_gpu=on_gpu) and serves_segments())
     if config.update.checkpointing == "auto" and on_gpu:
         free = min(runtime.gather_objects(free_memory(model, runtime.device)))
-        config = _with_checkpointing(config, choose_checkpointing(config, model, runtime.world_size, free))
+        _, card = torch.cuda.mem_get_info(runtime.device)
+        config = _with_checkpointing(config, choose_checkpointing(config, model, runtime.world_size, free, card))
     count = checkpointed_layers(config, len(layers), on_gpu=False)
     vision = checkpoints_all(config, on_gpu=False) and any(p.requires_grad for p in _vision_parameters(model))
     checkpoint_layers(model, count, vision=vision)
@@ -124,14 +125,17 @@ def checkpoint_layers(model: Any, count: int, *, vision: bool) -> None:
             setattr(module, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))  # noqa: B010
 
 
-def choose_checkpointing(config: Config, model: Any, num_processes: int, free: int) -> int | Literal["all"]:
-    """The least number of layers with which weights, optimizer and the largest pass fit into `free` bytes, or all."""
+def choose_checkpointing(config: Config, model: Any, num_processes: int, free: int, card: int) -> int | Literal["all"]:
+    """The least number of layers with which weights, optimizer and the largest pass fit into `free` bytes, or all.
+
+    So does what a vLLM engine that never sleeps will take of the `card` bytes of the whole GPU.
+    """
     size = size_of(model)
     prompt = PromptSize(
         config.prompt.max_tokens, config.prompt.max_tokens * _patches_per_token(model), "prompt.max_tokens"
     )
     for count in range(size.text.layers + 1):
-        need = estimate(_with_checkpointing(config, count), size, prompt, num_processes, on_gpu=True)
+        need = estimate(_with_checkpointing(config, count), size, prompt, num_processes, on_gpu=True, card=card)
         if total(need.standing) + total(need.update) <= FILL * free:
             return count
     return "all"

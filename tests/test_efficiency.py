@@ -64,7 +64,7 @@ def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     efficiency._compiled_class.cache_clear()
 
 
-@pytest.mark.parametrize(("family", "checkpointing"), zip(TINY_FAMILIES, ("none", "2", "all"), strict=True))
+@pytest.mark.parametrize(("family", "checkpointing"), list(zip(TINY_FAMILIES, ("none", "2", "all"), strict=True)))
 def test_compiled_and_checkpointed_layers_change_no_number_and_new_lengths_need_no_compilation(
     family: str, checkpointing: str, tiny_folder: Callable[[str], Path], eager_compiler: None
 ) -> None:
@@ -167,11 +167,17 @@ def test_auto_recomputes_as_few_layers_as_memory_allows(tiny_folder: Callable[[s
 
     shared = ["prompt.max_tokens=512", "update.packing=shared_prefix"]
     for setting, choice in (("none", 0), ("1", 1), ("2", 2)):
-        assert efficiency.choose_checkpointing(config, model, 1, int(need(setting)) + 1) == choice
-        assert efficiency.choose_checkpointing(config, model, 1, int(need(setting)) - 1) != choice
+        assert efficiency.choose_checkpointing(config, model, 1, int(need(setting)) + 1, 0) == choice
+        assert efficiency.choose_checkpointing(config, model, 1, int(need(setting)) - 1, 0) != choice
     # All but one keep as much at once as all: the last one, when it computes again.
-    assert efficiency.choose_checkpointing(config, model, 1, int(need("2")) - 1) == "all"
-    assert efficiency.choose_checkpointing(config, model, 1, 0) == "all"
+    assert efficiency.choose_checkpointing(config, model, 1, int(need("2")) - 1, 0) == "all"
+    assert efficiency.choose_checkpointing(config, model, 1, 0, 0) == "all"
+    card = 10 * int(need("none"))
+    for level, taken in ((2, 0.0), (0, 0.5 * card)):  # of an engine that will be there during updates
+        beside = settings(*shared, "rollout.engine=vllm", "rollout.gpu_memory=0.5", f"rollout.sleep_level={level}")
+        free = int(need("none") + taken / efficiency.FILL)
+        assert efficiency.choose_checkpointing(beside, model, 1, free + 1, card) == 0
+        assert efficiency.choose_checkpointing(beside, model, 1, free - 1, card) != 0
 
 
 def test_liger_that_is_asked_for_must_be_possible(

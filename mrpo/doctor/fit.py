@@ -11,7 +11,18 @@ from pydantic import ValidationError
 from mrpo.config import Config
 from mrpo.doctor.check import Check, gib
 from mrpo.doctor.machine import Machine
-from mrpo.doctor.memory import Estimate, ModelSize, PromptSize, Term, estimate, loading, prompts_per_step, total
+from mrpo.doctor.memory import (
+    Estimate,
+    ModelSize,
+    PromptSize,
+    Term,
+    engine_share,
+    estimate,
+    least_engine,
+    loading,
+    prompts_per_step,
+    total,
+)
 
 CUDA_RUNTIME = 2**30  # bytes per process: CUDA context, cuBLAS workspaces, NCCL buffers
 CPU_RUNTIME = 700 * 2**20  # bytes per process: the interpreter and the libraries it loads, measured
@@ -28,13 +39,16 @@ def check_memory(
     """
 
     def fits(changed: Config, processes: int) -> bool:
-        need = estimate(changed, model, prompt, processes, on_gpu=bool(machine.gpus))
+        need = estimate(changed, model, prompt, processes, on_gpu=bool(machine.gpus), card=card)
         if not machine.gpus:
             return processes * (need.peak + total(need.host) + CPU_RUNTIME) <= machine.free_memory
         host = _host_memory(changed, model, need, processes) if processes == num_processes else 0  # of another machine
+        if engine_share(changed) * card < least_engine(changed, model):
+            return False
         return need.peak + CUDA_RUNTIME <= free and host <= machine.free_memory
 
-    need = estimate(config, model, prompt, num_processes, on_gpu=bool(machine.gpus))
+    card = min((gpu.total for gpu in machine.gpus[:num_processes]), default=0)
+    need = estimate(config, model, prompt, num_processes, on_gpu=bool(machine.gpus), card=card)
     if machine.gpus:
         name, runtime = "GPU memory", Term("CUDA and NCCL", "allowance", CUDA_RUNTIME)
         free = min(gpu.free for gpu in machine.gpus[:num_processes])
@@ -50,13 +64,11 @@ def check_memory(
 
 
 def _compare(name: str, need: Estimate, runtime: Term, free: int, prompt: PromptSize) -> Check:
-    rollout, update = total(need.rollout), total(need.update)
+    largest = ", ".join(f"{gib(total(terms))} in {phase}" for phase, terms in need.phases.items() if terms)
     details = (
         *(str(term) for term in (*need.standing, runtime)),
-        *(f"in a rollout, {term}" for term in need.rollout),
-        *(f"in an update, {term}" for term in need.update),
-        f"sum: {gib(total(need.standing) + runtime.size)} + the larger of {gib(rollout)} in a rollout and "
-        f"{gib(update)} in an update = {gib(need.peak + runtime.size)}",
+        *(f"in {phase}, {term}" for phase, terms in need.phases.items() for term in terms),
+        f"sum: {gib(total(need.standing) + runtime.size)} + the largest of {largest} = {gib(need.peak + runtime.size)}",
         *(f"in main memory, {term}" for term in need.host),
         f"prompts of {prompt.tokens} tokens and {prompt.patches:,} image patches ({prompt.source})",
     )
@@ -118,6 +130,8 @@ def _savings(config: Config, num_processes: int) -> Iterator[tuple[str, Any]]:
     """Settings that save memory, cheapest first; a key comes again with a smaller value."""
     if config.update.checkpointing != "all":
         yield "update.checkpointing", "all"
+    if engine_share(config) and config.rollout.sleep_level == 0:
+        yield "rollout.sleep_level", 2
     if config.update.packing != "dense":
         for size in _halves(config.update.token_budget, config.rollout.max_tokens):
             yield "update.token_budget", size
@@ -126,6 +140,10 @@ def _savings(config: Config, num_processes: int) -> Iterator[tuple[str, Any]]:
             yield "optim.micro_batch_size", size
     for size in _halves(config.rollout.batch_size, config.rollout.group_size):
         yield "rollout.batch_size", size
+    if engine_share(config):
+        for share in (0.3, 0.2, 0.15, 0.1):
+            if share < config.rollout.gpu_memory:
+                yield "rollout.gpu_memory", share
     if num_processes > 1 and config.deepspeed.zero_stage < 3:
         yield "deepspeed.zero_stage", 3
     if config.model.dtype == "float32":

@@ -85,25 +85,34 @@ class Term:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes per process: what is always there, what the larger phase adds, and what lies in main memory instead."""
+    """Bytes per process: what is always there, what each phase adds, and what lies in main memory instead."""
 
     standing: tuple[Term, ...]
     rollout: tuple[Term, ...]
     update: tuple[Term, ...]
+    export: tuple[Term, ...]
     host: tuple[Term, ...]
 
     @property
+    def phases(self) -> dict[str, tuple[Term, ...]]:
+        """What comes one after the other, each beside the standing part."""
+        return {"a rollout": self.rollout, "an update": self.update, "the export": self.export}
+
+    @property
     def fixed(self) -> int:
-        """What no smaller batch can save: the standing part, and the weights that a rollout gathers under ZeRO-3."""
-        return total(self.standing) + total(term for term in self.rollout if term.name == _WHOLE)
+        """What no smaller batch can save: the standing part, and whole weights or an engine beside it."""
+        fixed = (total(term for term in terms if term.name in _FIXED) for terms in self.phases.values())
+        return total(self.standing) + max(fixed)
 
     @property
     def peak(self) -> int:
         """The most that is held at once on the device."""
-        return total(self.standing) + max(total(self.rollout), total(self.update))
+        return total(self.standing) + max(map(total, self.phases.values()))
 
 
-_WHOLE = "whole weights"
+_WHOLE, _ENGINE = "whole weights", "vLLM engine"
+_FIXED = (_WHOLE, _ENGINE)
+_CPU_ENGINE_CACHE = 2**30  # keys and values of a vLLM engine beside a trainer on a CPU
 
 
 def total(terms: Iterable[Term]) -> int:
@@ -112,19 +121,49 @@ def total(terms: Iterable[Term]) -> int:
 
 
 def estimate(
-    config: Config, model: ModelSize, prompt: PromptSize, num_processes: int, *, on_gpu: bool = False
+    config: Config, model: ModelSize, prompt: PromptSize, num_processes: int, *, on_gpu: bool = False, card: int = 0
 ) -> Estimate:
     """The memory of one of `num_processes` processes that train `model` by `config`.
+
+    Args:
+        card: bytes of the whole GPU, of which a vLLM engine beside the trainer takes its share.
 
     With update.checkpointing=auto, which on a GPU does what memory asks for, it is the least that it can be.
     """
     on_device, on_host = _states(config, model, num_processes)
+    engine = _engine(config, model, card) if config.rollout.engine == "vllm" else ()
+    sleeps = on_gpu and config.rollout.sleep_level > 0
     return Estimate(
-        standing=on_device,
-        rollout=_rollout(config, model, prompt),
+        standing=on_device if sleeps else (*on_device, *engine),
+        rollout=(*(engine if sleeps else ()), *_rollout(config, model, prompt)),
         update=_update(config, model, prompt, num_processes, on_gpu),
+        export=_whole(config, model) if config.checkpoint.export else (),
         host=on_host,
     )
+
+
+def _engine(config: Config, model: ModelSize, card: int) -> tuple[Term, ...]:
+    """A vLLM engine in the trainer's process: of a GPU a share, for all that it holds."""
+    if not card:
+        weights, width = model.parameters, _width(config)
+        arithmetic = f"{_count(weights)} x {width} B, and {gib(_CPU_ENGINE_CACHE)} of keys and values"
+        return (Term(_ENGINE, arithmetic, weights * width + _CPU_ENGINE_CACHE),)
+    share = engine_share(config)
+    return (Term(_ENGINE, f"rollout.gpu_memory={share:g} x {gib(card)}", round(share * card)),)
+
+
+def engine_share(config: Config) -> float:
+    """The share of a GPU that a vLLM engine in the trainer's process takes; 0 without one."""
+    if config.rollout.engine != "vllm":
+        return 0.0
+    return float(config.rollout.engine_options.get("gpu_memory_utilization", config.rollout.gpu_memory))
+
+
+def least_engine(config: Config, model: ModelSize) -> int:
+    """Bytes of its part of the weights, which such an engine cannot do without."""
+    if config.rollout.engine != "vllm":
+        return 0
+    return model.parameters * _width(config) // config.rollout.tensor_parallel
 
 
 def _states(config: Config, model: ModelSize, num_processes: int) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
@@ -163,7 +202,9 @@ def _states(config: Config, model: ModelSize, num_processes: int) -> tuple[tuple
 
 
 def _rollout(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term, ...]:
-    """What generation adds: the KV cache, and under ZeRO-3 the weights in whole."""
+    """What generation by the trained model itself adds: the KV cache, and under ZeRO-3 the weights in whole."""
+    if config.rollout.engine != "hf":
+        return ()
     if config.algorithm == "sft" and not (config.eval.at_start or config.eval.at_end or config.eval.every):
         return ()
     width = _width(config)
@@ -172,10 +213,15 @@ def _rollout(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term
     length = prompt.tokens + config.rollout.max_tokens
     per_token = 2 * model.text.layers * model.kv_width * width
     cache = Term("KV cache", f"{rows} rows x {length:,} tokens x {per_token:,} B", rows * length * per_token)
+    return (*_whole(config, model), cache)
+
+
+def _whole(config: Config, model: ModelSize) -> tuple[Term, ...]:
+    """What gathering all weights adds under ZeRO-3."""
     if config.deepspeed.zero_stage < 3:
-        return (cache,)
-    whole = Term(_WHOLE, f"{_count(model.parameters)} x {width} B, gathered for rollouts", model.parameters * width)
-    return (whole, cache)
+        return ()
+    width = _width(config)
+    return (Term(_WHOLE, f"{_count(model.parameters)} x {width} B, gathered", model.parameters * width),)
 
 
 def _update(config: Config, model: ModelSize, prompt: PromptSize, num_processes: int, on_gpu: bool) -> tuple[Term, ...]:
@@ -233,7 +279,11 @@ def uses_liger(config: Config, *, on_gpu: bool, compiled: bool) -> bool:
 
 @dataclass(frozen=True)
 class PassSize:
-    """The most tokens, image patches and completion tokens of one forward and backward pass of a process."""
+    """The tokens, image patches and completion tokens of the largest forward and backward pass of a process.
+
+    Its completions are as long as they may be. Where they are shorter, a packed row has room for more prompts, and for
+    their patches.
+    """
 
     tokens: int
     patches: int

@@ -72,8 +72,35 @@ def test_bf16_by_zero_stage(stage: int, parameters: int, gradients: int, states:
 
 def test_zero_3_gathers_the_whole_weights_for_rollouts() -> None:
     need = estimate(config("model.dtype=bfloat16", "deepspeed.zero_stage=3"), MODEL, PROMPT, 4)
-    assert sizes(need.rollout)["whole weights"] == 2_000_000_000
+    assert sizes(need.rollout)["whole weights"] == sizes(need.export)["whole weights"] == 2_000_000_000
     assert need.fixed == total(need.standing) + 2_000_000_000
+
+
+SERVED = ("rollout.engine=vllm_server", "rollout.servers=[http://localhost:8000]")
+
+
+@pytest.mark.parametrize(("export", "whole"), [("true", 2_000_000_000), ("false", 0)])
+def test_servers_take_no_memory_here_and_no_whole_weights(export: str, whole: int) -> None:
+    run = config("model.dtype=bfloat16", "deepspeed.zero_stage=3", f"checkpoint.export={export}", *SERVED)
+    need = estimate(run, MODEL, PROMPT, 4, on_gpu=True, card=80 * GIB)
+    assert need.rollout == ()
+    assert total(need.export) == whole
+    assert need.fixed == total(need.standing) + whole
+
+
+def test_an_engine_beside_the_trainer_takes_its_share_of_the_gpu_when_it_is_awake() -> None:
+    asleep, awake = (config("rollout.engine=vllm", f"rollout.sleep_level={level}") for level in (2, 0))
+    need = estimate(asleep, MODEL, PROMPT, 1, on_gpu=True, card=80 * GIB)
+    assert sizes(need.rollout) == {"vLLM engine": 32 * GIB}
+    assert need.fixed == total(need.standing) + 32 * GIB
+    always = estimate(awake, MODEL, PROMPT, 1, on_gpu=True, card=80 * GIB)
+    assert sizes(always.standing)["vLLM engine"] == 32 * GIB
+    assert always.rollout == ()
+    assert always.peak == total(need.standing) + 32 * GIB + total(need.update)
+    own = config("rollout.engine=vllm", "rollout.engine_options={gpu_memory_utilization: 0.25}")
+    assert sizes(estimate(own, MODEL, PROMPT, 1, on_gpu=True, card=80 * GIB).rollout) == {"vLLM engine": 20 * GIB}
+    # On a CPU it never sleeps: its own weights, and a GiB of keys and values.
+    assert sizes(estimate(asleep, MODEL, PROMPT, 1).standing)["vLLM engine"] == 4_000_000_000 + GIB
 
 
 def test_a_kl_term_needs_a_reference_and_sft_does_not() -> None:
@@ -241,6 +268,8 @@ def test_states_that_do_not_fit_are_missing_and_a_large_batch_is_a_warning() -> 
         (2, 14.0, []),  # 16 GB of states
         (1, 12.0, []),
         (1, 9.0, ["loss.beta=0.04"]),
+        (1, 20.0, ["rollout.engine=vllm", "rollout.gpu_memory=0.6"]),
+        (1, 26.0, ["rollout.engine=vllm", "rollout.sleep_level=0"]),
     ],
 )
 def test_the_remedy_is_settings_that_fit(gpus: int, gpu_gib: float, settings: list[str]) -> None:
