@@ -140,6 +140,8 @@ def _finished(out: Path) -> list[str]:
 
 def accept(out: Path, names: list[str]) -> None:
     """Copies results to benchmarks/results/NAME-MACHINE.json, with the table made from them, and updates the README."""
+    if missing := [name for name in names if not (out / f"{name}.json").exists()]:
+        sys.exit(f"{out} holds no results of {missing[0]}: python benchmarks/run.py {missing[0]} --out {out}")
     for name in names:
         machine, results = read_results(out / f"{name}.json")
         target = ACCEPTED / f"{name}-{machine_slug(machine)}.json"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +210,10 @@ def _folder_tables(source: Path) -> Iterator[Table]:
         tables.setdefault(name + file.suffix, []).append(file)
     if not tables:
         raise UserError(f"{source} holds no rows: no {', '.join(SUFFIXES)} file")
+    stems = Counter(name.removesuffix(files[0].suffix) for name, files in tables.items())
     for name, files in tables.items():
-        yield _file_table(files, name.removesuffix(files[0].suffix))
+        stem = name.removesuffix(files[0].suffix)
+        yield _file_table(files, stem if stems[stem] == 1 else name)  # train.json and train.jsonl are two
 
 
 def _is_rows(file: Path, source: Path) -> bool:

@@ -200,6 +200,9 @@ def test_what_does_not_fit_the_machine_says_why(folder: Path) -> None:
 
 
 def test_accepted_results_go_into_the_readme(folder: Path) -> None:
+    none = run(folder, "toy", "--accept", "--out", "out")
+    assert none.returncode == 1
+    assert none.stderr == "out holds no results of toy: python benchmarks/run.py toy --out out\n"
     run(folder, "--quick", "--out", "out")
     accepted = run(folder, "--accept", "--out", "out")
     assert accepted.returncode == 0, accepted.stderr

@@ -162,6 +162,12 @@ def test_a_folder_of_files_named_after_splits(folder: Path) -> None:
     assert {image for e in examples for image in e.images} == {folder / "a.png"}
 
 
+def test_files_that_differ_in_their_format_alone_have_rows_of_different_names(folder: Path) -> None:
+    for name in ("train.json", "train.jsonl", "more.json"):
+        write(folder, [row()], name)
+    assert [example.id for example in load_generic(folder)] == ["more/1", "train.json/1", "train.jsonl/1"]
+
+
 def test_bad_rows_of_all_files_of_a_folder_are_reported_at_once(folder: Path) -> None:
     write(folder, [row(), row(answer="")], "train.json")
     write(folder, [row(question="")], "test.json")
