@@ -215,6 +215,7 @@ def test_sentences(body: str, expected: list[str]) -> None:
         ("<think>It is left. <answer>x</answer> No edema.</think>", ["It is left."]),
         ("It is left. No edema.</think><answer>x</answer>", ["It is left.", "No edema."]),
         ("It is left.</think> No edema. <think>So benign.</think>", ["It is left."]),
+        ("</think> No edema. <think>So benign.</think>", []),
         ("It is left. No edema. <answer>x</answer>", ["It is left.", "No edema."]),
         ("Hello. <think>It is left.</think> No edema. <think>So benign.</think>", ["It is left."]),
         ("<think><think>It is left.</think> No edema. <answer>x</answer>", ["It is left."]),
