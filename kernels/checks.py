@@ -50,6 +50,19 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, not on {tensor.device}")
 
 
+def check_targets(targets: torch.Tensor, vocab: int, used: torch.Tensor | None = None) -> None:
+    """Refuse targets outside [0, vocab), where they are `used` (None: everywhere). Waits for the device.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    wrong = (targets < 0) | (targets >= vocab)
+    wrong = wrong if used is None else wrong & used
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"targets[{row}] is {int(targets[row])}, outside the vocabulary [0, {vocab})")
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition` holds."""
     if not condition:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import check_tensor, require
+from .checks import check_targets, check_tensor, require, values_are_checked
 from .dispatch import in_context_of_forward, remember_context
 from .linear import WeightGradient, check_linear, logit_chunks, plan_chunks, product_dtype
 from .rows import LossConfig, RowInputs, loss_rows
@@ -35,7 +35,7 @@ def linear_logprobs(
     Args:
         hidden, weight, bias: of one floating dtype, or any under autocast. Logits are rounded to the dtype of the
             products, everything behind them is fp32 (fp64 for fp64).
-        targets: in [0, V).
+        targets: in [0, V); on a GPU looked at only within `checks.check_values`.
         temperature: of the sampler.
         with_entropy: also return the entropy of each next-token distribution.
         chunk_rows: tokens whose logits are held at once; default: 4096, in the backward pass as in
@@ -46,6 +46,8 @@ def linear_logprobs(
     """
     check_linear(hidden, weight, bias)
     check_tensor("targets", targets, (hidden.shape[0],), hidden.device, torch.int64)
+    if values_are_checked(hidden.device):
+        check_targets(targets, weight.shape[0])
     require(chunk_rows is None or chunk_rows >= 1, f"chunk_rows must be at least 1, not {chunk_rows}")
     require(0.0 < temperature < float("inf"), f"temperature must be finite and above 0, not {temperature}")
     dtype = product_dtype(hidden)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .checks import check_tensor, require, values_are_checked
+from .checks import check_targets, check_tensor, require, values_are_checked
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,7 @@ class RowInputs:
     def _check_values(self, vocab: int) -> None:
         require(bool(self.weights.isfinite().all()), "weights must be finite")
         used = self.weights != 0
-        wrong = ((self.targets < 0) | (self.targets >= vocab)) & used
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise ValueError(f"targets[{row}] is {int(self.targets[row])}, outside the vocabulary [0, {vocab})")
+        check_targets(self.targets, vocab, used)
         for name in ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs"):
             value = getattr(self, name)
             per_token = value.per_token(len(used)) if isinstance(value, SegmentedAdvantages) else value
