@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from grouped_rows import MIXED, GroupPlan, make_groups
 from thread_processes import Meeting, ThreadRuntime
-from tiny_models import build_tiny_model
+from tiny_models import TINY_FAMILIES, build_tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from mrpo.backbones import Processor, load_processor
+from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.batching import Row
 from mrpo.config import Config
 from mrpo.packing import CostModel
-from mrpo.passes import Pass, Planner
+from mrpo.passes import TILE, Pass, Planner, cost_model, padding_multiple
 
 CPU = torch.device("cpu")
 COST = CostModel(token=1000.0, pair=1.0)
@@ -169,3 +172,38 @@ def test_halves_of_several_groups_keep_each_group_together(processor: Processor)
     halves = passed.halves()
     assert halves is not None
     assert sum(half.tokens for half in halves) == passed.tokens
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_costs_are_the_flops_that_pytorch_counts(family: str, frozen: bool, tmp_path: Path) -> None:
+    folder = build_tiny_model(family, tmp_path)
+    settings = {"model": {"path": str(folder), "freeze_vision": frozen}, "update": {"attention": "sdpa"}}
+    config = Config.model_validate(settings)
+    model, processor = load_model(config.model), load_processor(config)
+    cost = cost_model(model, processor.family, config, CPU)
+    assert cost.tile is None
+    text = model.config.get_text_config()
+    length = 64
+    embeddings = torch.randn(1, length, text.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.model.language_model(inputs_embeds=embeddings).last_hidden_state.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    attention = counts[torch.ops.aten.bmm]
+    assert cost.pair * length**2 == attention * 14 / 12  # it keeps the scores, others compute them again
+    assert cost.token * length == pytest.approx(sum(counts.values()) - attention, rel=0.02)  # norms do not multiply
+    row = make_groups(processor)[0][0]  # with one image
+    pixels = row.prompt.images["pixel_values"]
+    with FlopCounterMode(display=False) as counter:
+        features = model.model.get_image_features(**row.prompt.images).pooler_output
+        if not frozen:
+            torch.cat(list(features)).sum().backward()
+    # The model leaves attention out, and takes it that every patch meets every weight, mergers and positions included.
+    assert 0.5 < cost.pixel * pixels.numel() / counter.get_total_flops() < 3.0
+
+
+def test_rows_are_padded_to_whole_tiles_on_a_gpu_alone() -> None:
+    gpu = torch.device("cuda")
+    assert (padding_multiple(Config(), gpu), padding_multiple(Config(), CPU)) == (TILE, 1)
+    chosen = Config.model_validate({"update": {"pad_multiple": 7}})
+    assert (padding_multiple(chosen, gpu), padding_multiple(chosen, CPU)) == (7, 7)
