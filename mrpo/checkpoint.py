@@ -6,10 +6,11 @@ process has written its part. What a killed run leaves half written is removed a
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,7 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         found = checkpoints(self._folder)
-        newest = found[-self._config.keep_last :]
-        best = sorted(found, key=lambda item: (item[1].score, item[1].step))[len(found) - self._config.keep_best :]
-        kept = {path for path, _ in newest + best}
+        kept = checkpoints_to_keep(found, self._config)
         for path, _ in found:
             if path not in kept:
                 # Renamed first: a kill in the middle of the removal must not leave a checkpoint that looks whole.
@@ -117,6 +116,12 @@ def checkpoints(folder: Path) -> list[tuple[Path, TrainerState]]:
     """The whole checkpoints in `folder`, oldest first."""
     paths = sorted(folder.glob("step-*")) if folder.is_dir() else []
     return [(path, TrainerState(**json.loads((path / _STATE).read_text()))) for path in paths]
+
+
+def checkpoints_to_keep(found: Sequence[tuple[Path, TrainerState]], config: CheckpointConfig) -> set[Path]:
+    """Those of `found` (oldest first) that are kept: the newest and the best, which may be among the newest."""
+    best = heapq.nlargest(config.keep_best, found, key=lambda item: (item[1].score, item[1].step))
+    return {path for path, _ in [*found[-config.keep_last :], *best]}
 
 
 def _flush(folder: Path) -> None:

@@ -20,7 +20,9 @@ class CheckpointConfig(Section):
 
     every: NonNegative = Field(20, description="Steps between checkpoints; 0: only on SIGTERM")
     keep_last: Positive = Field(2, description="Newest checkpoints kept")
-    keep_best: NonNegative = Field(1, description="Best checkpoints kept besides, by mean reward of their step")
+    keep_best: NonNegative = Field(
+        1, description="Best checkpoints kept however old, by mean reward of their step; they may be among the newest"
+    )
     export: bool = Field(True, description="Write the final policy in Hugging Face format to OUTPUT_DIR/policy")
 
 
