@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mrpo.arguments import add_config
 from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.checkpoint import CheckpointStore
 from mrpo.config import JUDGE_TRANSPORT, Config
@@ -94,7 +95,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=config_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; the command line wins over it")
+    add_config(parser, "YAML file; the command line wins over it")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")

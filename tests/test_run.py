@@ -31,6 +31,13 @@ def test_overrides_may_stand_anywhere_among_options() -> None:
     assert options.resume
 
 
+def test_a_second_configuration_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", "a.yaml", "seed=1", "--config", "b.yaml"])
+    assert caught.value.code == 2
+    assert "--config: given twice, as a.yaml and b.yaml; name one file" in capsys.readouterr().err
+
+
 def test_prompts_that_processes_cannot_share(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = inputs_error(tiny_policy, "optim.batch_size=128")

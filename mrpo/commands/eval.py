@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mrpo.arguments import add_config
 from mrpo.commands.parser import Commands, positive
 from mrpo.errors import UserError
 
@@ -62,7 +63,7 @@ def add_parser(commands: Commands) -> None:
         "--name", action="append", default=[], metavar="NAME",
         help="what to call a model, once for each file in order; default: the file's name without its ending",
     )  # fmt: skip
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings, as of a training run")
+    add_config(parser, "YAML file with settings, as of a training run")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR",
         help="folder that keeps the verdicts of an endpoint, to share; default: judge.cache, or OUT/cache",

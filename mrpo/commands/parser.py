@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mrpo.arguments import add_config
+
 # The parsers of subcommands: what `add_parser` of a module in this package is given.
 Commands = Any
 
@@ -74,7 +76,7 @@ def help_width() -> int:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config FILE` and `key=value` items: what `load_config(args.config, args.overrides)` takes."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings; default: none")
+    add_config(parser, "YAML file with settings; default: none")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, as in optim.lr=1e-5; they win over the file"
     )
