@@ -83,6 +83,26 @@ def test_a_text_field_takes_a_command_line_value_as_it_stands() -> None:
     assert load_config(None, ["data.root="]).data.root is None
 
 
+PATHS = [field.key for field in describe_fields() if field.type.startswith("path")]
+
+
+@pytest.mark.parametrize("key", [*PATHS, "model.path", "reward.bertscore_model"])
+def test_a_tilde_is_the_home_folder_in_the_file_and_on_the_command_line(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    common = ["data.name=vqa_rad", *(["data.root=x"] if key != "data.root" else [])]
+    file = write(tmp_path, f"{key}: ~/a/b\n")
+    for config in (load_config(file, common), load_config(None, [*common, f"{key}=~/a/b"])):
+        section, _, name = key.rpartition(".")
+        assert str(getattr(getattr(config, section) if section else config, name)) == str(tmp_path / "a" / "b")
+
+
+def test_a_tilde_elsewhere_or_of_nobody_stays() -> None:
+    config = load_config(None, ["model.path=a/~/b", "output_dir=~no-such-user/run"])
+    assert (config.model.path, config.output_dir) == ("a/~/b", Path("~no-such-user/run"))
+
+
 def test_mappings_and_lists_from_the_command_line(tmp_path: Path) -> None:
     file = write(tmp_path, "deepspeed:\n  extra: {a: {x: 1, y: 2}}\n")
     config = load_config(file, ["deepspeed.extra.a.y=[1, two]", "deepspeed.extra.b=1e-4"])

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     )
     processor = load_processor(config)
     check_prompts(examples, processor)
-    header = make_header(args.model, processor, sampling)
+    header = make_header(config.model.path, processor, sampling)
     with CompletionFile(args.out, header, examples, overwrite=args.overwrite) as out:
         if out.done < len(examples):
             batch_size = args.batch_size or _BATCH_SIZES[sampling.engine]

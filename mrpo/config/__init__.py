@@ -15,7 +15,7 @@ from mrpo.config.experience import JUDGE_TRANSPORT, AdvantageConfig, JudgeConfig
 from mrpo.config.inputs import DataConfig, ModelConfig, PromptConfig
 from mrpo.config.learning import DeepSpeedConfig, LossConfig, OptimConfig, UpdateConfig
 from mrpo.config.outputs import CheckpointConfig, EvalConfig, LogConfig
-from mrpo.config.section import NonNegative, Positive, Section, Share
+from mrpo.config.section import LocalPath, NonNegative, Positive, Section, Share
 
 __all__ = [
     "JUDGE_TRANSPORT",
@@ -45,7 +45,7 @@ class Config(Section):
     """One run."""
 
     algorithm: Literal["mrpo", "grpo", "gdpo", "sft"] = Field("mrpo", description="Training algorithm")
-    output_dir: Path = Field(Path("runs/default"), description="Folder of everything the run writes")
+    output_dir: LocalPath = Field(Path("runs/default"), description="Folder of everything the run writes")
     seed: int = Field(0, ge=0, description="Seed of data order, sampling and initial weights")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

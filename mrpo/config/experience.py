@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mrpo.config.section import NonNegative, Positive, Section, Share
+from mrpo.config.section import LocalPath, NonNegative, PathOrId, Positive, Section, Share
 
 
 class RolloutConfig(Section):
@@ -38,7 +37,7 @@ class RolloutConfig(Section):
         description="vllm_server: send new weights through a process group with the servers' workers (NCCL; gloo on "
         "CPUs), for which these must reach the first process; false: over HTTP",
     )
-    sync_folder: Path | None = Field(
+    sync_folder: LocalPath | None = Field(
         None, description="vllm_server: folder that trainer and servers share, for new weights instead; null: none"
     )
 
@@ -65,7 +64,7 @@ class RewardConfig(Section):
     rouge_weight: float = Field(0.25, ge=0.0, description="Weight of ROUGE-1 F1 in the lexical answer reward")
     bleu_weight: float = Field(0.25, ge=0.0, description="Weight of smoothed BLEU-1 in the lexical answer reward")
     bertscore_weight: float = Field(0.5, ge=0.0, description="Weight of BERTScore F1 in the lexical answer reward")
-    bertscore_model: str | None = Field(
+    bertscore_model: PathOrId | None = Field(
         None, description="Encoder folder or hub id for BERTScore; null drops the part and rescales the others to 1"
     )
     bertscore_layer: NonNegative = Field(12, description="Encoder layer whose states BERTScore compares")
@@ -124,10 +123,12 @@ class JudgeConfig(Section):
         None, ge=0.0, description="USD per million prompt tokens that the endpoint had cached; null: as price_input"
     )
     price_output: float | None = Field(None, ge=0.0, description="USD per million answer tokens; null: not counted")
-    cache: Path | None = Field(None, description="Folder that keeps an endpoint's verdicts; null: OUTPUT_DIR/judge")
+    cache: LocalPath | None = Field(
+        None, description="Folder that keeps an endpoint's verdicts; null: OUTPUT_DIR/judge"
+    )
     max_unjudged: Share = Field(0.5, description="Stop the run when a step's unjudged share exceeds this")
     min_overlap: Share = Field(0.3, description="Embedded stand-in: share of a step's words that must be in the gold")
-    encoder: Path | None = Field(
+    encoder: LocalPath | None = Field(
         None, description="Embedded stand-in: folder of a sentence encoder that compares meanings, too; null: none"
     )
     min_similarity: float = Field(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mrpo.config.section import NonNegative, Positive, Section, Share
+from mrpo.config.section import LocalPath, NonNegative, PathOrId, Positive, Section, Share
 
 
 class ModelConfig(Section):
     """The policy."""
 
-    path: str = Field("phantom", description="Folder or hub id of the start policy; `phantom` is the shipped tiny one")
+    path: PathOrId = Field(
+        "phantom", description="Folder or hub id of the start policy; `phantom` is the shipped tiny one"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Parameter dtype under training")
     think_tag: str | None = Field(
         None, pattern=r"^[A-Za-z_]+$", description="Name of the reasoning tag; default: what the model family uses"
@@ -58,16 +59,16 @@ class DataConfig(Section):
         "prepared",
         "generic",
     ] = Field("phantom", description="Data set; `prepared`: what `mrpo data prepare` wrote; `generic`: your own rows")
-    root: Path | None = Field(
+    root: LocalPath | None = Field(
         None, description="Folder of the data set's files; `prepared`, `generic`: folder of the images, if another"
     )
-    file: Path | None = Field(
+    file: LocalPath | None = Field(
         None, description="`prepared`: JSONL file; `generic`: JSON, JSONL or Parquet file, data set folder or hub id"
     )
-    eval_file: Path | None = Field(
+    eval_file: LocalPath | None = Field(
         None, description="`prepared`, `generic`: where evaluation questions come from; null: data.file, too"
     )
-    gold: Path | None = Field(
+    gold: LocalPath | None = Field(
         None, description="Folder of MedThink's gold rationales (vqa_rad, slake, path_vqa); null: none"
     )
     seed: int = Field(0, description="Seed of generated data (phantom)")
