@@ -20,6 +20,7 @@ from mrpo.checkpoint import CheckpointStore
 from mrpo.config import JUDGE_TRANSPORT, Config
 from mrpo.data import load_dataset
 from mrpo.data.order import batch_indices, steps_for
+from mrpo.data.targets import explained
 from mrpo.errors import UserError
 from mrpo.evaluated import read_evaluated, write_evaluated
 from mrpo.evaluation import Evaluation, evaluate, validation_metrics
@@ -56,7 +57,7 @@ _MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run needs besides weights; all of it was checked."""
+    """What a run needs besides weights; all of it was checked. Questions that no evaluation asks for are not there."""
 
     processor: Processor
     judge: Judge
@@ -65,6 +66,7 @@ class Inputs:
     validation_set: Sequence[Example]
     max_images: int  # in a prompt
     total_steps: int
+    unexplained: int = 0  # training questions that sft leaves out
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -120,20 +122,33 @@ def load_inputs(config: Config) -> Inputs:
         )
     processor = load_processor(config)
     require_packages(config.log)
-    train_set, eval_set = load_dataset(config.data, "train"), load_dataset(config.data, "test")
+    train_set, unexplained = _load_train_set(config)
+    eval_set = load_dataset(config.data, "test") if config.eval.at_start or config.eval.at_end else ()
     validation_set = load_dataset(config.data, "validation") if config.eval.every else ()
     dataset = train_set[0].metadata.get("dataset", config.data.name)
     judge = make_judge(config.judge, dataset, config.output_dir / VERDICTS)
-    if config.algorithm == "sft" and not train_set[0].rationale:
-        raise UserError(f"algorithm=sft imitates gold rationales, and data.name={config.data.name} has none")
-    for example in (train_set[0], eval_set[0]):
+    for example in (train_set[0], *eval_set[:1]):
         processor.encode_prompt(example)
     steps = config.optim.steps or steps_for(len(train_set), prompts_per_step, config.optim.epochs)
     trained = [i for step in range(steps) for i in batch_indices(len(train_set), prompts_per_step, step, config.seed)]
     sizes = check_prompt_lengths(train_set, processor, trained)
     for examples in (eval_set, validation_set):
         sizes |= check_prompt_lengths(examples, processor)
-    return Inputs(processor, judge, train_set, eval_set, validation_set, sizes.max_images, steps)
+    return Inputs(processor, judge, train_set, eval_set, validation_set, sizes.max_images, steps, unexplained)
+
+
+def _load_train_set(config: Config) -> tuple[Sequence[Example], int]:
+    """The training questions, and how many were left out because sft has no gold rationale to imitate."""
+    examples = load_dataset(config.data, "train")
+    if config.algorithm != "sft":
+        return examples, 0
+    kept = explained(examples)
+    if not kept:
+        raise UserError(
+            f"algorithm=sft imitates gold rationales, and data.name={config.data.name} has none in its {len(examples)} "
+            "training questions; add them (MedThink's with data.gold), or choose another algorithm"
+        )
+    return kept, len(examples) - len(kept)
 
 
 def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, overwrite: bool) -> int:
@@ -178,6 +193,8 @@ def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, ove
             stats = merge_stats(runtime.gather_objects(scorer.judge_stats()))
             return found | {f"validation/{name}": stats[name] for name in _COSTS if name in stats}
 
+        if inputs.unexplained:
+            log.message(f"{inputs.unexplained} training questions have no gold rationale: sft leaves them out")
         before = _evaluate_start(config, runtime, partial(measure, "before", inputs.eval_set), start_step)
         scorer.judge_stats()  # the first step's are its own
         trainer = Trainer(

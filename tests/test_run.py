@@ -12,6 +12,8 @@ from launching import TRAIN, launch, read_metrics, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mrpo.data.phantom import PhantomDataset
+from mrpo.data.targets import explained
 from mrpo.data.vqa_rad import IMAGES, QUESTIONS
 from mrpo.errors import UserError
 from mrpo.run import _check_output, _prepare_output, _remove_run, load_inputs, parse
@@ -107,7 +109,40 @@ def test_sft_needs_rationales(tiny_policy: Path, tmp_path: Path) -> None:
     rows = [{"qid": i, "phrase_type": kind, **row} for i, kind in enumerate(("freeform", "test_freeform"))]
     (tmp_path / QUESTIONS).write_text(json.dumps(rows))
     message = inputs_error(tiny_policy, "algorithm=sft", "data.name=vqa_rad", f"data.root={tmp_path}")
-    assert "data.name=vqa_rad has none" in message
+    assert "data.name=vqa_rad has none in its 1 training questions" in message
+
+
+def write_questions(folder: Path, *rows: dict[str, object]) -> list[str]:
+    """Settings of a run on generic `rows`, each with a picture."""
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    common = {"image": "a.png", "question": "Where?", "answer": "lung"}
+    (folder / "rows.json").write_text(json.dumps([{**common, "id": str(i), **row} for i, row in enumerate(rows)]))
+    return ["data.name=generic", f"data.file={folder / 'rows.json'}", f"data.root={folder}", "optim.steps=1"]
+
+
+def test_sft_trains_on_the_questions_that_have_a_rationale(tiny_policy: Path, tmp_path: Path) -> None:
+    rows = [{"split": "train", "rationale": text} for text in (None, "A lung.", None, "The lung is left.")]
+    settings = [f"model.path={tiny_policy}", *write_questions(tmp_path, *rows, {"split": "test"})]
+    inputs = load_inputs(load_config(None, [*settings, "algorithm=sft"]))
+    assert [example.id for example in inputs.train_set] == ["1", "3"]
+    assert inputs.unexplained == 2
+    inputs = load_inputs(load_config(None, settings))
+    assert (len(inputs.train_set), inputs.unexplained) == (4, 0)
+
+
+def test_phantoms_are_not_drawn_to_see_that_they_are_explained() -> None:
+    examples = PhantomDataset("train", size=3)
+    assert explained(examples) is examples
+
+
+def test_test_questions_are_needed_only_where_an_evaluation_asks_for_them(tiny_policy: Path, tmp_path: Path) -> None:
+    settings = write_questions(tmp_path, {"split": "train"})
+    for last in ("eval.at_start=true", "eval.at_end=true", "eval.every=1"):
+        message = inputs_error(tiny_policy, *settings, "eval.at_start=false", "eval.at_end=false", last)
+        assert "no questions of the test or validation split" in message
+    off = [f"model.path={tiny_policy}", *settings, "eval.at_start=false", "eval.at_end=false"]
+    inputs = load_inputs(load_config(None, off))
+    assert (len(inputs.train_set), inputs.eval_set, inputs.validation_set) == (1, (), ())
 
 
 def test_an_existing_run_is_neither_mixed_nor_lost(tiny_policy: Path, tmp_path: Path) -> None:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from mrpo.data.phantom import PhantomDataset
 from mrpo.records import Example
+
+
+def explained(examples: Sequence[Example]) -> Sequence[Example]:
+    """The examples with a gold rationale, in order."""
+    # Phantom explains every question, and draws a picture for each one that is looked at.
+    if isinstance(examples, PhantomDataset):
+        return examples
+    return tuple(example for example in examples if example.rationale and example.rationale.strip())
 
 
 def sft_target(example: Example) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import torch
 from mrpo.backbones import Processor
 from mrpo.config import Config
 from mrpo.data import load_dataset
+from mrpo.data.targets import explained
 from mrpo.doctor.check import Check
 from mrpo.doctor.memory import PromptSize, prompts_per_step
 from mrpo.records import Example
@@ -19,7 +20,7 @@ PROMPTS_READ = 16  # questions whose prompts are made to see how long they are
 
 @dataclass(frozen=True)
 class Data:
-    """Questions to train on and held-out ones."""
+    """Questions to train on and held-out ones, where the run is evaluated on them."""
 
     train_set: Sequence[Example]
     eval_set: Sequence[Example]
@@ -31,7 +32,8 @@ def read_data(config: Config) -> Data:
     Raises:
         UserError: the folder or its files are missing or broken.
     """
-    return Data(load_dataset(config.data, "train"), load_dataset(config.data, "test"))
+    evaluated = config.eval.at_start or config.eval.at_end
+    return Data(load_dataset(config.data, "train"), load_dataset(config.data, "test") if evaluated else ())
 
 
 def check_data(config: Config, data: Data) -> Check:
@@ -39,8 +41,12 @@ def check_data(config: Config, data: Data) -> Check:
     place = config.data.file or config.data.root
     fact = config.data.name + (f" in {place}" if place else "")
     fact += f": {len(data.train_set):,} training and {len(data.eval_set):,} held-out questions"
-    if config.algorithm == "sft" and not data.train_set[0].rationale:
-        return Check("data", "missing", f"{fact}, without the gold rationales that sft imitates", "algorithm=mrpo")
+    if config.algorithm == "sft":
+        count = len(explained(data.train_set))
+        if not count:
+            return Check("data", "missing", f"{fact}, without the gold rationales that sft imitates", "algorithm=mrpo")
+        if left_out := len(data.train_set) - count:
+            return Check("data", "warning", f"{fact}; sft leaves out {left_out:,} without a gold rationale")
     return Check("data", "ok", fact)
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from mrpo.cli import main
 from mrpo.doctor.check import Check, attempt, gib, guarded
-from mrpo.doctor.inputs import check_batch, check_output
+from mrpo.doctor.inputs import Data, check_batch, check_data, check_output
 from mrpo.errors import UserError
+from mrpo.records import Example
 from mrpo.settings import load_config
 
 
@@ -93,6 +94,17 @@ def test_processes_must_share_the_prompts_evenly(processes: int, remedy: str | N
     assert check.remedy == remedy
     if remedy:
         assert check_batch(load_config(None, [remedy]), processes).state == "ok"
+
+
+def test_sft_needs_rationales_and_leaves_out_questions_without_one() -> None:
+    def example(rationale: str | None) -> Example:
+        return Example("id", (), "Where?", "lung", rationale, "train")
+
+    config = load_config(None, ["algorithm=sft"])
+    check = check_data(config, Data([example(None), example("A lung.")], ()))
+    assert (check.state, check.fact.endswith("sft leaves out 1 without a gold rationale")) == ("warning", True)
+    assert check_data(config, Data([example(None)], ())).state == "missing"
+    assert check_data(config, Data([example("A lung.")], ())).state == "ok"
 
 
 def test_the_output_folder(tmp_path: Path) -> None:
