@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from mrpo.config import CheckpointConfig
 from mrpo.errors import UserError
 from mrpo.runtime import Runtime
+from mrpo.whole_files import flush_folder, flush_tree
 
 _PARTIAL = ".partial-"
 _STATE = "trainer_state.json"
@@ -64,9 +64,9 @@ class CheckpointStore:
         self._runtime.barrier()
         if self._runtime.is_main:
             (partial / _STATE).write_text(json.dumps(asdict(state)))
-            _flush(partial)
+            flush_tree(partial)
             partial.rename(final)
-            _flush_folder(self._folder)
+            flush_folder(self._folder)
             self._prune()
         self._runtime.barrier()
         return final
@@ -122,21 +122,3 @@ def checkpoints_to_keep(found: Sequence[tuple[Path, TrainerState]], config: Chec
     """Those of `found` (oldest first) that are kept: the newest and the best, which may be among the newest."""
     best = heapq.nlargest(config.keep_best, found, key=lambda item: (item[1].score, item[1].step))
     return {path for path, _ in [*found[-config.keep_last :], *best]}
-
-
-def _flush(folder: Path) -> None:
-    """Forces every file and folder below `folder` to disk, so that the rename cannot outrun the data."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _flush_folder(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from mrpo.errors import UserError
 from mrpo.records import EvaluatedSample
+from mrpo.whole_files import write_whole
 
 
 def write_evaluated(path: Path, samples: Sequence[EvaluatedSample]) -> None:
-    """The whole file or none: it appears by a rename."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(sample) for sample in samples]), encoding="utf-8")
-    partial.rename(path)
+    """The whole file or none."""
+    write_whole(path, [json.dumps([asdict(sample) for sample in samples])])
 
 
 def read_evaluated(path: Path) -> list[EvaluatedSample]:

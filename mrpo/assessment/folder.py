@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mrpo.assessment.content import settings_of
 from mrpo.assessment.questions import ModelCompletions
 from mrpo.config import Config
 from mrpo.errors import UserError
+from mrpo.whole_files import write_whole
 
 CONTENT = "eval.json"
 _TRACES = ".traces.jsonl"
@@ -63,7 +63,7 @@ def write_traces(folder: Path, name: str, assessed: Sequence[Assessed]) -> None:
         OSError: it cannot be written.
     """
     records = (json.dumps(trace_record(item, name), allow_nan=False) + "\n" for item in assessed)
-    _replace(_trace_file(folder, name), records)
+    write_whole(_trace_file(folder, name), records)
 
 
 def write_content(folder: Path, content: Mapping[str, Any]) -> None:
@@ -76,18 +76,11 @@ def write_content(folder: Path, content: Mapping[str, Any]) -> None:
     for path in folder.glob(f"*{_TRACES}"):
         if path.name.removesuffix(_TRACES) in gone:
             path.unlink()
-    _replace(folder / CONTENT, [json.dumps(content, indent=1, allow_nan=False) + "\n"])
+    write_whole(folder / CONTENT, [json.dumps(content, indent=1, allow_nan=False) + "\n"])
 
 
 def _trace_file(folder: Path, name: str) -> Path:
     return folder / f"{name}{_TRACES}"
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(partial, path)
 
 
 def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
