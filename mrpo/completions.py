@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mrpo.errors import UserError
+from mrpo.file_lock import lock_file
 from mrpo.records import Completion, Example, Step
 from mrpo.telemetry import append_line, whole_lines
 
@@ -139,7 +138,8 @@ class CompletionFile:
         self._kept = 0  # bytes
         self._cut = False
         try:
-            self._lock()
+            if not lock_file(self._file):
+                raise UserError(f"{self._path}: another process is writing this file")
             if not overwrite:
                 self._take_up(examples)
         except BaseException:
@@ -166,13 +166,6 @@ class CompletionFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-
-    def _lock(self) -> None:
-        with suppress(OSError):  # some network file systems have no locks
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self._path}: another process is writing this file") from None
 
     def _take_up(self, examples: Sequence[Example]) -> None:
         for number, line, value in whole_lines(self._path):
