@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 import time
@@ -12,12 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from mrpo.arguments import add_config
 from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.checkpoint import CheckpointStore
-from mrpo.config import JUDGE_TRANSPORT, Config
+from mrpo.config import Config
 from mrpo.data import load_dataset
 from mrpo.data.order import batch_indices, steps_for
 from mrpo.data.targets import explained
@@ -34,25 +32,18 @@ from mrpo.report.sample import render_sample
 from mrpo.report.table import before_after_table
 from mrpo.rollout import make_engine
 from mrpo.rollout.prompts import check_prompt_lengths
+from mrpo.run_folder import VERDICTS, check_folder, prepared_folder
 from mrpo.runtime import Runtime
 from mrpo.scoring import Scorer
-from mrpo.settings import load_config, to_yaml
+from mrpo.settings import load_config
 from mrpo.telemetry import RunLog, require_packages
 from mrpo.trainer import Trainer
 
-VERDICTS = "judge"  # folder in output_dir
 ALONE_AFTER = 10.0  # seconds
 # Of the judge's metrics, those that add up to what a run has spent.
 _COSTS = ("judge/requests", "judge/tokens_in", "judge/tokens_out", "judge/cost_usd")
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM
-# Fields that may change when a run is continued: they do not touch what it computes.
-_MAY_CHANGE = (
-    "output_dir", "checkpoint", "log", "eval", "update", "optim.steps", "optim.epochs", "optim.micro_batch_size",
-    *(f"judge.{name}" for name in sorted(JUDGE_TRANSPORT)),
-    *(f"rollout.{name}" for name in ("servers", "server_timeout", "sync_group", "sync_folder")),
-    "rollout.gpu_memory", "rollout.sleep_level",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        _check_output(config, options)
+        check_folder(config, resume=options.resume, overwrite=options.overwrite)
         inputs = load_inputs(config)
         runtime = Runtime.start(config.seed)
         status = train(config, inputs, runtime, resume=options.resume, overwrite=options.overwrite)
@@ -153,7 +144,11 @@ def _load_train_set(config: Config) -> tuple[Sequence[Example], int]:
 
 def train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool, overwrite: bool) -> int:
     """The whole run; returns the exit status."""
-    _prepare_output(config, runtime, resume=resume, overwrite=overwrite)
+    with prepared_folder(config, runtime, resume=resume, overwrite=overwrite):
+        return _train(config, inputs, runtime, resume=resume)
+
+
+def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) -> int:
     stop = _StopOnSigterm()
     processor = inputs.processor
     policy = Policy(load_model(config.model), processor, config, runtime)
@@ -230,63 +225,6 @@ class _StopOnSigterm:
 
     def _request(self, *_: object) -> None:
         self.requested = True
-
-
-def _check_output(config: Config, options: argparse.Namespace) -> None:
-    """Refuses to mix runs: an existing one is continued with --resume or replaced with --overwrite."""
-    stored = config.output_dir / "config.yaml"
-    if not stored.is_file():
-        if config.output_dir.is_dir() and any(config.output_dir.iterdir()) and not options.resume:
-            raise UserError(f"output_dir={config.output_dir} is not empty and holds no run; name another folder")
-        if options.resume:
-            raise UserError(f"output_dir={config.output_dir} holds no run to resume ({stored} is missing)")
-    elif options.resume:
-        _check_same(config, load_config(stored, []), stored)
-    elif not options.overwrite:
-        raise UserError(
-            f"output_dir={config.output_dir} already holds a run; add --resume to continue it, --overwrite to "
-            "replace it, or name another output_dir"
-        )
-
-
-def _check_same(config: Config, stored: Config, path: Path) -> None:
-    now, then = _flat(config.model_dump(mode="json")), _flat(stored.model_dump(mode="json"))
-    differing = [
-        f"{key}={now.get(key)} (was {then.get(key)})"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-    if differing:
-        raise UserError(f"--resume with another configuration than {path}: {', '.join(differing)}")
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _prepare_output(config: Config, runtime: Runtime, *, resume: bool, overwrite: bool) -> None:
-    if runtime.is_main:
-        if overwrite and (config.output_dir / "config.yaml").is_file():
-            _remove_run(config.output_dir)
-        try:
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-            (config.output_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        except OSError as error:
-            message = f"output_dir={config.output_dir}: {error.strerror}; name a folder that can be written"
-            raise UserError(message) from None
-    runtime.barrier()
-
-
-def _remove_run(folder: Path) -> None:
-    """Deletes all of a run but the judge's verdicts, which were paid for and hold for any run."""
-    for path in folder.iterdir():
-        if path.is_dir() and path.name != VERDICTS:
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
 
 
 def _evaluate_start(

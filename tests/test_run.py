@@ -16,9 +16,9 @@ from mrpo.data.phantom import PhantomDataset
 from mrpo.data.targets import explained
 from mrpo.data.vqa_rad import IMAGES, QUESTIONS
 from mrpo.errors import UserError
-from mrpo.run import _check_output, _prepare_output, _remove_run, load_inputs, parse
-from mrpo.runtime import Runtime
-from mrpo.settings import load_config, to_yaml
+from mrpo.run import load_inputs, parse
+from mrpo.run_folder import remove_run
+from mrpo.settings import load_config
 
 
 def inputs_error(tiny_policy: Path, *overrides: str) -> str:
@@ -145,31 +145,6 @@ def test_test_questions_are_needed_only_where_an_evaluation_asks_for_them(tiny_p
     assert (len(inputs.train_set), inputs.eval_set, inputs.validation_set) == (1, (), ())
 
 
-def test_an_existing_run_is_neither_mixed_nor_lost(tiny_policy: Path, tmp_path: Path) -> None:
-    config = load_config(None, [f"output_dir={tmp_path}"])
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty and holds no run"):
-        _check_output(config, parse([]))
-    with pytest.raises(UserError, match="holds no run to resume"):
-        _check_output(config, parse(["--resume"]))
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    with pytest.raises(UserError, match="already holds a run"):
-        _check_output(config, parse([]))
-    _check_output(config, parse(["--resume"]))
-    _check_output(config, parse(["--overwrite"]))
-    other = load_config(None, [f"output_dir={tmp_path}", "optim.lr=0.5", "log.samples=9"])
-    with pytest.raises(UserError, match=r"optim\.lr=0\.5 \(was 0\.0001\)$"):
-        _check_output(other, parse(["--resume"]))
-
-
-def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file" / "inner"):
-        config = load_config(None, [f"output_dir={place}"])
-        with pytest.raises(UserError, match=rf"output_dir={place}: .*; name a folder"):
-            _prepare_output(config, Runtime(0, 1, torch.device("cpu")), resume=False, overwrite=False)
-
-
 def test_bad_input_ends_the_launcher_with_a_message(tmp_path: Path) -> None:
     done = launch(TRAIN, [f"output_dir={tmp_path / 'run'}", "optim.lrr=1"])
     assert done.returncode == 2
@@ -209,11 +184,11 @@ def test_processes_and_zero_stages_train_as_one(tiny_policy: Path, tmp_path: Pat
         "data.eval_size=5",
         "checkpoint.every=1",
         "eval.every=1",
-        "log.plots=false",
     ]
     runs = {"alone": (1, 0), "two": (2, 0), "sharded": (2, 3)}
     for name, (count, stage) in runs.items():
-        train(*common, f"output_dir={tmp_path / name}", f"deepspeed.zero_stage={stage}", num_processes=count)
+        folders = [f"output_dir={tmp_path / name}", f"log.plots={'true' if name == 'alone' else 'false'}"]
+        train(*common, *folders, f"deepspeed.zero_stage={stage}", num_processes=count)
     metrics = {name: read_metrics(tmp_path / name) for name in runs}
     before = {name: (tmp_path / name / "evaluation-before.json").read_text() for name in runs}
     for name in ("two", "sharded"):
@@ -226,16 +201,10 @@ def test_processes_and_zero_stages_train_as_one(tiny_policy: Path, tmp_path: Pat
         assert (tmp_path / name / "policy" / "model.safetensors").is_file()
     for record in metrics["alone"]:  # the validation questions after every step
         assert {"validation/accuracy", "validation/early", "validation/fully_valid"} <= record.keys()
-
-
-def test_a_run_that_is_replaced_leaves_its_verdicts(tmp_path: Path) -> None:
-    for name in ("judge/verdicts.sqlite", "checkpoints/step-000001/state", "config.yaml"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    _remove_run(tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [
-        "judge/verdicts.sqlite"
-    ]
+    assert {"curves.png", "failures.png", "timeline.png"} <= {path.name for path in (tmp_path / "alone").iterdir()}
+    for name in runs:  # nothing that a run writes is unknown to whoever removes it
+        remove_run(tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"config.yaml", ".lock"}
 
 
 def test_bfloat16_with_offloaded_optimizer_trains(tiny_policy: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,9 +12,10 @@ from mrpo.backbones import Processor
 from mrpo.config import Config
 from mrpo.data import load_dataset
 from mrpo.data.targets import explained
-from mrpo.doctor.check import Check
+from mrpo.doctor.check import Check, attempt
 from mrpo.doctor.memory import PromptSize, prompts_per_step
 from mrpo.records import Example
+from mrpo.run_folder import holds_run
 
 PROMPTS_READ = 16  # questions whose prompts are made to see how long they are
 
@@ -93,9 +95,10 @@ def check_output(config: Config) -> Check:
     folder = config.output_dir
     if folder.exists() and not folder.is_dir():
         return Check("output_dir", "missing", f"{folder} is a file", "output_dir=FOLDER")
-    if (folder / "config.yaml").is_file():
+    found, problem = attempt("output_dir", partial(holds_run, folder), "output_dir=FOLDER")
+    if problem is not None:
+        return problem
+    if found:
         remedy = "mrpo train --resume or --overwrite, or output_dir=FOLDER"
         return Check("output_dir", "warning", f"{folder} already holds a run", remedy)
-    if folder.is_dir() and any(folder.iterdir()):
-        return Check("output_dir", "missing", f"{folder} is not empty and holds no run", "output_dir=FOLDER")
     return Check("output_dir", "ok", str(folder))

@@ -15,7 +15,7 @@ from mrpo.doctor.check import Check, attempt, gib, guarded
 from mrpo.doctor.inputs import Data, check_batch, check_data, check_output
 from mrpo.errors import UserError
 from mrpo.records import Example
-from mrpo.settings import load_config
+from mrpo.settings import load_config, to_yaml
 
 
 def states(printed: dict[str, Any]) -> dict[str, str]:
@@ -114,6 +114,8 @@ def test_the_output_folder(tmp_path: Path) -> None:
     assert check_output(config).state == "ok"
     (config.output_dir / "notes.txt").touch()
     assert check_output(config).state == "missing"
-    (config.output_dir / "config.yaml").touch()
+    (config.output_dir / "config.yaml").write_text("title: my site\n")
+    assert check_output(config).state == "missing"
+    (config.output_dir / "config.yaml").write_text(to_yaml(config))
     assert check_output(config).state == "warning"
     assert check_output(load_config(None, [f"output_dir={config.output_dir / 'notes.txt'}"])).state == "missing"
