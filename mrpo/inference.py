@@ -78,7 +78,8 @@ def check_prompts(examples: Sequence[Example], processor: Processor) -> None:
     """Finds what would stop a run half way, from the texts and the sizes of the images.
 
     Raises:
-        UserError: an id stands twice, an image cannot be opened, or a prompt is too long; names the example.
+        UserError: an id stands twice, an image cannot be opened or is too long and thin, or a prompt is too long; names
+            the example.
     """
     seen: set[str] = set()
     for example in examples:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.backbones.fingerprint import fingerprint
@@ -292,6 +293,10 @@ def test_bad_examples_are_named_before_generation(model: Model, examples: Sequen
     missing = replace(examples[2], images=(tmp_path / "gone.png",))
     with pytest.raises(UserError, match=rf"{missing.id}: its image cannot be read.*gone\.png"):
         check_prompts([missing], model.processor)
+    Image.new("L", (1, 3000)).save(tmp_path / "rule.png")
+    thin = replace(examples[2], images=(tmp_path / "rule.png",))
+    with pytest.raises(UserError, match=rf"{thin.id}: its image of 1 x 3000 pixels is too long and thin"):
+        check_prompts([thin], model.processor)
 
 
 def test_a_broken_image_stops_after_the_batches_before_it(

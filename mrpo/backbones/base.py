@@ -37,12 +37,14 @@ class Family(Protocol):
     """One model family. `model_types` are the `model_type`s of its checkpoint configs.
 
     ragged_vision: whether its vision tower takes the patches of images of all sizes one behind the other.
+    max_aspect_ratio: how many times as long as the other a side of an image may be.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     think_tag: ClassVar[str]
     vision_modules: ClassVar[tuple[str, ...]]
     ragged_vision: ClassVar[bool]
+    max_aspect_ratio: ClassVar[float]
 
     def process_images(
         self, image_processor: Any, images: Sequence[Image.Image], config: Any
@@ -112,9 +114,12 @@ class Processor:
         """The chat prompt of `example`, ready for generation.
 
         Raises:
-            UserError: the prompt is longer than `prompt.max_tokens`, or an image cannot be read.
+            UserError: the prompt is longer than `prompt.max_tokens`, or an image cannot be read, or is too long and
+                thin for the family.
         """
-        pictures = tuple(shrink(image, self.max_image_pixels) for image in _readable(example, Example.load_images))
+        images = _readable(example, Example.load_images)
+        self._check_shapes(example, [image.size for image in images])
+        pictures = tuple(shrink(image, self.max_image_pixels) for image in images)
         tensors, counts = self.family.process_images(self.image_processor, pictures, self.model_config)
         text_ids, token_ids = self._token_ids(example, counts)
         input_ids = torch.tensor(token_ids)
@@ -127,7 +132,9 @@ class Processor:
         Raises:
             UserError: as `encode_prompt`, but for images that turn out broken after their header.
         """
-        sizes = [shrunk_size(size, self.max_image_pixels) for size in _readable(example, Example.image_sizes)]
+        shown_sizes = _readable(example, Example.image_sizes)
+        self._check_shapes(example, shown_sizes)
+        sizes = [shrunk_size(size, self.max_image_pixels) for size in shown_sizes]
         counts = [self.family.count_image_tokens(self.image_processor, *size, self.model_config) for size in sizes]
         return len(self._token_ids(example, counts)[1])
 
@@ -153,6 +160,17 @@ class Processor:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion without special tokens."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _check_shapes(self, example: Example, sizes: Sequence[tuple[int, int]]) -> None:
+        limit = self.family.max_aspect_ratio
+        for size in sizes:
+            shrunk = shrunk_size(size, self.max_image_pixels)
+            if max(shrunk) > limit * min(shrunk):
+                scaled = "" if shrunk == size else f", scaled to {shrunk[0]} x {shrunk[1]},"
+                raise UserError(
+                    f"example {example.id}: its image of {size[0]} x {size[1]} pixels{scaled} is too long and thin: "
+                    f"{self.model_config.model_type} takes sides of at most {limit:g} : 1; crop or pad it"
+                )
 
     def _token_ids(self, example: Example, counts: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
         """The prompt's ids with one placeholder an image, and with each image's `counts` tokens."""

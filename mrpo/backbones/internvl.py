@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ class InternVL:
     think_tag: ClassVar[str] = "think"
     vision_modules: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
     ragged_vision: ClassVar[bool] = False
+    max_aspect_ratio: ClassVar[float] = math.inf
 
     def process_images(
         self, image_processor: Any, images: Sequence[Image.Image], config: Any

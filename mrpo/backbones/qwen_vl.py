@@ -26,6 +26,7 @@ class QwenVL:
 
     vision_modules: ClassVar[tuple[str, ...]] = ("visual",)
     ragged_vision: ClassVar[bool] = True
+    max_aspect_ratio: ClassVar[float] = 200.0  # above it transformers' `smart_resize` refuses
 
     def process_images(
         self, image_processor: Any, images: Sequence[Image.Image], config: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,22 @@ def test_missing_images_are_named_and_no_pixel_is_decoded(processor: Processor, 
     assert check_prompt_lengths([_example("torn", 1, (tmp_path / "torn.png",))], processor).max_images == 1
     with pytest.raises(UserError, match="example gone"):
         check_prompt_lengths([_example("gone", 1, (tmp_path / "none.png",))], processor)
+
+
+def test_an_image_too_long_and_thin_is_named_with_its_size(processor: Processor, tmp_path: Path) -> None:
+    Image.new("L", (1, 3000)).save(tmp_path / "rule.png")
+    scans = [_example("good", 1, (Image.new("RGB", (5, 1000)),)), _example("rule", 1, (tmp_path / "rule.png",))]
+    expected = r"example rule: its image of 1 x 3000 pixels is too long and thin: qwen3_vl takes .* at most 200 : 1"
+    with pytest.raises(UserError, match=expected):
+        check_prompt_lengths(scans, replace(processor, max_prompt_tokens=10_000))
+    with pytest.raises(UserError, match=expected):
+        processor.encode_prompt(scans[1])
+
+
+def test_scaling_down_may_make_an_image_too_thin(processor: Processor) -> None:
+    thin = _example("thin", 1, (Image.new("RGB", (10, 1999)),))  # 199.9 : 1, and 3 x 632 after it
+    with pytest.raises(UserError, match=r"example thin: its image of 10 x 1999 pixels, scaled to 3 x 632, is too long"):
+        check_prompt_lengths([thin], replace(processor, max_image_pixels=2_000))
 
 
 def test_no_threads_are_left(processor: Processor) -> None:
