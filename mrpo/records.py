@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
+
+from mrpo.pictures import Picture, shown_picture, shown_size
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Example:
     """
 
     id: str
-    images: tuple[Path | Image.Image, ...]
+    images: tuple[Picture, ...]
     question: str
     answer: str
     rationale: str | None
@@ -31,34 +32,20 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def image_sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of the images; of a file only its header is read.
+        """(width, height) of the images as they are shown; no pixel of a file is decoded.
 
         Raises:
             OSError: a file is missing or is not an image.
         """
-        return [_size(image) for image in self.images]
+        return [shown_size(image) for image in self.images]
 
     def load_images(self) -> list[Image.Image]:
-        """The images as RGB pictures.
+        """The images as RGB pictures, as they are shown.
 
         Raises:
-            OSError: a file is missing or is not an image.
+            OSError: a file is missing or is not an image, or pixels are NaN or infinite.
         """
-        return [_open_rgb(image) for image in self.images]
-
-
-def _size(image: Path | Image.Image) -> tuple[int, int]:
-    if isinstance(image, Image.Image):
-        return image.size
-    with Image.open(image) as opened:
-        return opened.size
-
-
-def _open_rgb(image: Path | Image.Image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
+        return [shown_picture(image) for image in self.images]
 
 
 @dataclass(frozen=True)

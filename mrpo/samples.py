@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mrpo.pictures import shown_picture
 from mrpo.records import Example, ScoredCompletion, Verdict
 
 
@@ -57,8 +58,8 @@ def sample_record(
 
 
 def save_images(example: Example, run_dir: Path) -> list[str]:
-    """Where the example's images are: the absolute path of a file; a decoded picture is first saved as PNG under
-    RUN_DIR/images, once, and named relative to RUN_DIR."""
+    """Where the example's images are: the absolute path of a file; a picture in memory is first saved as PNG
+    under RUN_DIR/images, as it is shown and once, and named relative to RUN_DIR."""
     digest = hashlib.sha256(example.id.encode()).hexdigest()[:8]
     name = f"{re.sub(r'[^A-Za-z0-9]+', '-', example.id).strip('-')[:80]}-{digest}"
     places = []
@@ -77,7 +78,7 @@ def _save_once(image: Image.Image, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         # A run may be killed in mid-write, and a resumed one must not take half a file for a whole one.
         partial = path.with_suffix(".partial")
-        image.save(partial, format="PNG")
+        shown_picture(image).save(partial, format="PNG")
         partial.rename(path)
 
 

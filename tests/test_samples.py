@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from mrpo.pictures import shown_picture
 from mrpo.records import Completion, Example, Rewards, ScoredCompletion, Step, StepVerdict, Unjudged, Verdict
 from mrpo.samples import sample_record, save_images
 
@@ -64,6 +66,13 @@ def test_pictures_are_saved_once_and_files_named(tmp_path: Path) -> None:
     assert save_images(taken, tmp_path / "run") == places
     assert saved.stat().st_mtime_ns == written
     assert [file.name for file in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "F", "LAB"])
+def test_pictures_of_any_mode_are_saved_as_they_are_shown(tmp_path: Path, mode: str) -> None:
+    picture = Image.linear_gradient("L").convert(mode)
+    (place,) = save_images(example(picture), tmp_path)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / place)), np.asarray(shown_picture(picture)))
 
 
 def test_names_that_look_alike_and_several_pictures_stay_apart(tmp_path: Path) -> None:

@@ -234,14 +234,14 @@ def _sample_panel(example: Example, number: int) -> RenderableType:
 
 
 def _image_text(image: object) -> str:
-    from PIL import Image
+    from mrpo.pictures import shown_size
 
     if not isinstance(image, Path):
         return "in memory"
     if not image.exists():
         return f"{image} (missing)"
-    with Image.open(image) as opened:
-        return f"{image} ({opened.width} x {opened.height})"
+    width, height = shown_size(image)
+    return f"{image} ({width} x {height})"
 
 
 def _print(content: RenderableType) -> None:

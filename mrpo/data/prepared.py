@@ -17,10 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mrpo.data.reading import BadRow, ImageFinder, Missing, OnError, collect, read_json_lines, text
 from mrpo.errors import UserError
+from mrpo.pictures import Picture, shown_picture
 from mrpo.records import Example
 
 SPLITS = ("train", "validation", "test")
@@ -181,8 +180,8 @@ def _row(example: Example, number: int, file: Path, *, dataset: str, root: Path 
     }
 
 
-def _on_disk(images: tuple[Path | Image.Image, ...], number: int, file: Path) -> list[Path]:
-    """The paths of the images, all pictures beside `file` if one is in memory: a row has one root."""
+def _on_disk(images: tuple[Picture, ...], number: int, file: Path) -> list[Path]:
+    """The paths of the images, all pictures beside `file` as shown if one is in memory: a row has one root."""
     if all(isinstance(image, Path) for image in images):
         return [image for image in images if isinstance(image, Path)]
     folder = image_folder(file).resolve()
@@ -190,11 +189,7 @@ def _on_disk(images: tuple[Path | Image.Image, ...], number: int, file: Path) ->
     paths = []
     for place, image in enumerate(images):
         path = folder / f"{number:06d}{f'-{place}' if place else ''}.png"
-        if isinstance(image, Path):
-            with Image.open(image) as opened:
-                opened.save(path)
-        else:
-            image.save(path)
+        shown_picture(image).save(path)
         paths.append(path)
     return paths
 

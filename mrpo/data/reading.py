@@ -14,9 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypedDict
 
-from PIL import Image
-
 from mrpo.errors import UserError
+from mrpo.pictures import open_image, shown_picture
 from mrpo.records import Example
 
 OnError = Literal["raise", "skip"]
@@ -255,11 +254,11 @@ class ImageFinder:
 
 
 def decode_problem(file: Path | BinaryIO) -> str | None:
-    """Why the image cannot be decoded, or None. `Image.verify` lets a truncated JPEG pass, so it is really decoded."""
+    """Why the image cannot be shown, or None. `Image.verify` lets a truncated JPEG pass, so it is really decoded."""
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.draft("L", (image.width // 8, image.height // 8))  # a JPEG is decoded at an eighth: much faster
-            image.load()
+            shown_picture(image)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         return str(error) or type(error).__name__
     return None

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mrpo.data.reading import BadRow, MissingFile, decode_problem, read_text
 from mrpo.errors import UserError
+from mrpo.pictures import open_image
 
 
 def first_file(root: Path, *names: str) -> Path:
@@ -124,7 +125,7 @@ class ImageStore:
         return self._stored[digest], digest
 
     def _store(self, data: bytes, digest: str) -> Path | Image.Image:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(io.BytesIO(data))
         if self.folder is None:
             return image
         path = self.folder.resolve() / f"{digest}.{(image.format or 'image').lower()}"

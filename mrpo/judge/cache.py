@@ -20,7 +20,8 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from mrpo.errors import UserError
 from mrpo.judge import Judge
 from mrpo.judge.answers import AnswerJudge, AnswerRequest
-from mrpo.judge.images import PerPicture, Picture, image_digest
+from mrpo.judge.images import PerPicture, image_digest
+from mrpo.pictures import Picture
 from mrpo.records import JudgeRequest, StepVerdict, Unjudged, Verdict
 
 FILE_NAME = "verdicts.sqlite"

@@ -30,8 +30,9 @@ from mrpo.judge.answer_text import chosen_text
 from mrpo.judge.background import BackgroundLoop
 from mrpo.judge.backoff import wait_before_retry
 from mrpo.judge.breaker import CircuitBreaker, Turn
-from mrpo.judge.images import PerPicture, Picture, image_digest, image_url
+from mrpo.judge.images import PerPicture, image_digest, image_url
 from mrpo.judge.stats import Tally
+from mrpo.pictures import Picture
 from mrpo.records import Unjudged
 
 ASKS = 2  # an answer that does not fit the schema is asked for once more

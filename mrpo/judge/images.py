@@ -7,12 +7,13 @@ import hashlib
 import io
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-Picture = Path | Image.Image
+from mrpo.pictures import Picture, is_plain, open_image, shown_picture
 
 
 class PerPicture:
@@ -48,22 +49,19 @@ def _identity(picture: Picture) -> object:
 
 
 def image_url(image: Picture, max_pixels: int | None = None) -> str:
-    """A data URL: the bytes of a JPEG or PNG file as they are, anything else, or larger than `max_pixels`, as PNG.
+    """A data URL of the picture that the policy sees, scaled down to at most `max_pixels`.
+
+    The bytes of a JPEG or PNG file that any reader shows alike travel as they are, anything else as PNG.
 
     Raises:
         OSError: the image cannot be read.
     """
-    if isinstance(image, Path):
-        try:
-            with Image.open(image) as opened:
-                if opened.format in ("JPEG", "PNG") and not _is_larger(opened, max_pixels):
-                    return _data_url(Image.MIME[opened.format], image.read_bytes())
-                return image_url(opened.convert("RGB"), max_pixels)
-        except OSError:
-            raise
-        except Exception as error:  # PIL's decoders raise SyntaxError, ValueError, DecompressionBombError, ...
-            raise OSError(f"{image}: {error}") from error
-    picture = image.convert("RGB")
+    with _unreadable_is_os_error(image):
+        if isinstance(image, Path):
+            with open_image(image) as opened:
+                if _may_travel_as_it_is(opened) and not _is_larger(opened, max_pixels):
+                    return _data_url(Image.MIME[opened.format or ""], image.read_bytes())
+        picture = shown_picture(image)
     if max_pixels is not None and _is_larger(picture, max_pixels):
         scale = math.sqrt(max_pixels / (picture.width * picture.height))
         width, height = (max(1, int(side * scale)) for side in picture.size)
@@ -76,15 +74,38 @@ def image_url(image: Picture, max_pixels: int | None = None) -> str:
 def image_digest(image: Picture) -> str:
     """A digest of the file's bytes, or of the picture's mode, size and pixels.
 
+    Where it takes more than decoding to show the image, of the shown picture: how it is shown is then a part of it.
+
     Raises:
         OSError: the image cannot be read.
     """
-    if isinstance(image, Path):
-        with image.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    content = hashlib.sha256(f"{image.mode} {image.size} ".encode())
-    content.update(image.tobytes())
-    return content.hexdigest()
+    with _unreadable_is_os_error(image):
+        if isinstance(image, Path):
+            with open_image(image) as opened:
+                if is_plain(opened):
+                    return hashlib.sha256(image.read_bytes()).hexdigest()
+        picture = image if isinstance(image, Image.Image) and is_plain(image) else shown_picture(image)
+        content = hashlib.sha256(f"{picture.mode} {picture.size} ".encode())
+        content.update(picture.tobytes())
+        return content.hexdigest()
+
+
+@contextmanager
+def _unreadable_is_os_error(image: Picture) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # PIL's decoders raise SyntaxError, ValueError, DecompressionBombError, ...
+        raise OSError(f"{image}: {error}") from error
+
+
+def _may_travel_as_it_is(opened: Image.Image) -> bool:
+    """Readers make different colours of CMYK, and of 16 bits a channel, of which Pillow keeps the upper 8."""
+    if opened.format == "PNG":
+        raw_modes = [str(tile[3]) for tile in getattr(opened, "tile", ())]
+        return not any("16" in mode for mode in raw_modes) and is_plain(opened)
+    return opened.format == "JPEG" and opened.mode != "CMYK" and is_plain(opened)
 
 
 def _is_larger(image: Image.Image, max_pixels: int | None) -> bool:

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 
 from mrpo.judge import gold_rationale
 from mrpo.judge.answer_text import read_answer
-from mrpo.judge.images import Picture
 from mrpo.judge.record import write_record
+from mrpo.pictures import Picture
 from mrpo.records import JudgeRequest, StepVerdict, Verdict
 
 LONGEST_REASON = 300  # characters kept of the reason for a step

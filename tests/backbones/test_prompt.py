@@ -6,8 +6,11 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import example as with_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_cases import STORED, pixels, write_turned
 from PIL import Image
 from transformers import GotOcr2ImageProcessorPil
 
@@ -44,6 +47,21 @@ def test_lengths_are_known_without_decoding_the_images(
     assert all(picture.width * picture.height <= 40_000 for picture in prompt.pictures)
 
 
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tiff"])
+def test_the_tokens_of_a_turned_image_are_those_of_the_upright_one(
+    processor: Processor, tmp_path: Path, orientation: int, suffix: str
+) -> None:
+    upright = pixels(height=40, width=200)
+    file = write_turned(tmp_path / f"turned{suffix}", upright, orientation)
+    turned, straight = (Example("x", (i,), "What?", "", None, "test") for i in (file, Image.fromarray(upright)))
+    prompt, expected = processor.encode_prompt(turned), processor.encode_prompt(straight)
+    assert processor.count_prompt_tokens(turned) == len(prompt.input_ids)
+    assert torch.equal(prompt.images["image_grid_thw"], expected.images["image_grid_thw"])
+    if suffix != ".jpg":
+        assert torch.equal(prompt.images["pixel_values"], expected.images["pixel_values"])
+
+
 def test_a_question_may_hold_any_character(processor: Processor) -> None:
     example = Example("x", (Image.new("RGB", (20, 20)),), "What is \0 in it?", "", None, "test")
     ids = processor.encode_prompt(example).input_ids.tolist()
@@ -51,6 +69,7 @@ def test_a_question_may_hold_any_character(processor: Processor) -> None:
 
 
 @settings(deadline=None, max_examples=20)
+@with_example(sizes=[(1, 3000), (3000, 1)], crop=True)  # as long and thin as they come
 @given(sizes=st.lists(st.tuples(side, side), min_size=1, max_size=3), crop=st.booleans())
 def test_internvl_counts_tiles_without_the_image(sizes: list[tuple[int, int]], crop: bool) -> None:
     class Settings:

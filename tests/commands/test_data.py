@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from image_cases import pixels, write_turned
 from PIL import Image
 
 from mrpo.cli import main
@@ -220,6 +221,14 @@ def test_show_prints_text_as_it_is_and_the_fault_of_a_bad_row(tmp_path: Path, ca
     assert "\x1b" not in shown
     assert 'row 3: "question" is empty' in shown
     assert "3 of 3 rows" in shown
+
+
+def test_show_tells_the_size_of_the_upright_image(tmp_path: Path, capsys: Capture) -> None:
+    write_turned(tmp_path / "turned.png", pixels(height=12, width=20), 6)
+    row = {"id": "r", "dataset": "mine", "split": "train", "images": ["turned.png"], "question": "Q?", "answer": "A"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert main(["data", "show", str(tmp_path / "rows.jsonl")]) == 0
+    assert "(20 x 12)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_show_draws_samples_by_seed(tmp_path: Path, capsys: Capture) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_cases import ODD, pixels, write_turned
 from PIL import Image, ImageChops
 
 from mrpo.config import DataConfig
@@ -221,6 +222,18 @@ def test_pictures_in_memory_move_with_their_file(folder: Path, tmp_path: Path) -
     back = read_prepared(tmp_path / "second" / "rows.jsonl")
     for example, other in zip(phantom, back, strict=True):
         (before,), (after,) = example.load_images(), other.load_images()
+        assert after.size == before.size
+        assert ImageChops.difference(before, after).getbbox() is None
+
+
+@pytest.mark.parametrize("name", ["CMYK in memory", "F in memory", "orientation in memory", "RGBA in memory"])
+def test_pictures_in_memory_are_written_as_they_are_shown(tmp_path: Path, name: str) -> None:
+    picture, _ = ODD[name](tmp_path)
+    turned = write_turned(tmp_path / "turned.jpg", pixels(), 6)
+    example = Example("x", (picture, turned), "Where?", "Here", None, "test")
+    write_prepared([example], tmp_path / "rows.jsonl", dataset="mine", root=None)
+    (back,) = read_prepared(tmp_path / "rows.jsonl")
+    for before, after in zip(example.load_images(), back.load_images(), strict=True):
         assert after.size == before.size
         assert ImageChops.difference(before, after).getbbox() is None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from files import write_images
+from PIL import Image
 
 from mrpo.data.reading import BadRow, ImageFinder, is_open_ended, read_json, read_text, text
 from mrpo.errors import UserError
@@ -86,6 +88,12 @@ def test_images_are_looked_for_in_each_folder_in_turn(tmp_path: Path) -> None:
     assert find("b.png") == tmp_path.resolve() / "second/b.png"
     with pytest.raises(BadRow, match=r"first/c\.png not found"):
         find("c.png")
+
+
+def test_an_image_that_cannot_be_shown_is_found_with_the_rows(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(tmp_path / "map.tiff")
+    with pytest.raises(BadRow, match=r"map\.tiff cannot be decoded: .*NaN or infinite"):
+        ImageFinder(tmp_path)("map.tiff")
 
 
 def test_a_missing_image_may_be_allowed_but_never_a_broken_or_outlying_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from image_cases import pixels, scan, spread, write_turned
 from PIL import Image
 
 from mrpo.report.page.images import LONGEST_SIDE, Thumbnail, shown, write_thumbnails
@@ -19,6 +20,21 @@ def test_large_images_are_scaled_and_small_ones_kept_to_the_pixel(tmp_path: Path
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / small.file)), pixels)
     assert (large.width, large.height) == (LONGEST_SIDE, LONGEST_SIDE // 4)
     assert Image.open(tmp_path / "out" / large.file).size == (large.width, large.height)
+
+
+def test_a_thumbnail_stands_upright_and_keeps_the_contrast(tmp_path: Path) -> None:
+    write_turned(tmp_path / "small.png", pixels(), 6)
+    write_turned(tmp_path / "large.jpg", pixels(height=600, width=1200), 8)
+    values = scan(np.uint16, 0, 60_000)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    files = [tmp_path / name for name in ("small.png", "large.jpg", "deep.png")]
+    small, large, deep = write_thumbnails(files, tmp_path / "out").values()
+    assert small is not None
+    assert large is not None
+    assert deep is not None
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / small.file)), pixels())
+    assert (large.width, large.height) == (512, 256)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / deep.file)), spread(values))
 
 
 def test_an_image_is_written_once_however_often_it_is_named(tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_logprobs import largest_difference, policy_logits
+from image_cases import write_turned
 from PIL import Image
 
 from mrpo.backbones import Processor, load_model, load_processor
@@ -153,6 +156,21 @@ def test_logprobs_are_those_of_the_distribution_sampled_from(
     assert all(len(c.logprobs or ()) == len(c.token_ids) for group in groups for c in group)
     assert largest_difference(model, processor, prompts[:6], groups, temperature) < 2e-5
     assert largest_difference(model, processor, prompts[:6], groups, temperature * 1.1) > 1e-2
+
+
+@needs_vllm
+def test_sampler_and_trainer_see_a_turned_image_alike(
+    engine: VLLMEngine, model: Any, processor: Processor, tmp_path: Path
+) -> None:
+    examples = []
+    for example in PhantomDataset("test", size=6):
+        (picture,) = example.load_images()
+        file = write_turned(tmp_path / f"{len(examples)}.png", np.asarray(picture), 6)
+        # One is decoded from its file, one is in memory and still has its metadata.
+        examples += [replace(example, images=(file,)), replace(example, images=(Image.open(file),))]
+    prompts = [processor.encode_prompt(example) for example in examples]
+    groups = engine.generate(prompts, SamplingParams(2, 40, 1.0, tuple(range(0, 1200, 100))))
+    assert largest_difference(model, processor, prompts, groups, 1.0) < 2e-5
 
 
 @needs_vllm

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from mrpo.pictures import open_image, shown_picture
+
 LONGEST_SIDE = 512
 # Below this a picture is kept to the pixel; JPEG saves nothing there and blurs what little there is.
 _LOSSLESS_SIDE = 128
@@ -47,10 +49,10 @@ def write_thumbnails(
 
 def _write(path: Path, *, out: Path) -> Thumbnail | None:
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             opened.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
-            picture = opened.convert("RGB")
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+            picture = shown_picture(opened)
+            picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     except Exception:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         return None
     lossless = max(picture.size) <= _LOSSLESS_SIDE
