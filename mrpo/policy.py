@@ -39,6 +39,7 @@ from mrpo.update_stats import (
     work_metrics,
 )
 from mrpo.weights import checkpoint_weights
+from mrpo.whole_files import partial_path, remove_path, replace_folder
 
 __all__ = ["STAT_NAMES", "NonFiniteLossError", "Part", "Policy", "UpdateStats", "work_metrics"]
 
@@ -150,21 +151,29 @@ class Policy:
             messages=self._take_messages(),
         )
 
-    def export(self, folder: str) -> None:
+    def export(self, folder: Path) -> None:
         """Writes model, tokenizer and image processor in Hugging Face format. Every process must call this.
 
-        Adapters are merged into the weights, and also written by themselves, to `folder`/adapter.
+        Adapters are merged into the weights, and also written by themselves, to `folder`/adapter. Whatever kills the
+        run, a folder of that name is whole.
         """
         with self.whole_weights():
             if self._runtime.is_main:
-                adapted = has_adapters(self.model)
-                self.model.save_pretrained(folder, state_dict=merged_state_dict(self.model) if adapted else None)
-                if adapted:
-                    save_adapters(self.model, Path(folder) / "adapter")
-                self.processor.tokenizer.save_pretrained(folder)
-                self.processor.image_processor.save_pretrained(folder)
-                write_prompt_style(Path(folder), self.processor)
+                folder = folder.resolve()  # it may be a link to another disk
+                partial = partial_path(folder)
+                remove_path(partial)
+                self._write(partial)
+                replace_folder(partial, folder)
         self._runtime.barrier()
+
+    def _write(self, folder: Path) -> None:
+        adapted = has_adapters(self.model)
+        self.model.save_pretrained(folder, state_dict=merged_state_dict(self.model) if adapted else None)
+        if adapted:
+            save_adapters(self.model, folder / "adapter")
+        self.processor.tokenizer.save_pretrained(folder)
+        self.processor.image_processor.save_pretrained(folder)
+        write_prompt_style(folder, self.processor)
 
     def _logprobs(self, module: Any, rows: Sequence[Row]) -> list[torch.Tensor]:
         """(T,) log-probabilities of each row's completion tokens under `module`, without gradients."""

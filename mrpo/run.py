@@ -205,12 +205,11 @@ def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) ->
             evaluate=validate,
             stop_requested=lambda: stop.requested,
         )
-        if not trainer.run(start_step):
+        # Asked again at the end, as the last evaluation may take longer than whoever sent the signal waits.
+        if not trainer.run(start_step) or runtime.any(stop.requested):
             log.message(f"SIGTERM: saved; continue with --resume output_dir={config.output_dir}")
             return EXIT_TERMINATED
         after = measure("after", inputs.eval_set) if config.eval.at_end else None
-        if config.checkpoint.export:
-            policy.export(str(config.output_dir / "policy"))
         if runtime.is_main:
             _report(config, log, before, after)
     return 0

@@ -59,7 +59,10 @@ class Trainer:
         )
 
     def run(self, start_step: int) -> bool:
-        """Trains from `start_step` (finished steps) to `total_steps`; False if it was asked to stop before the end."""
+        """Trains from `start_step` (finished steps) to `total_steps`, then exports the policy.
+
+        False if it was asked to stop: then a checkpoint of the last finished step is there, and no export.
+        """
         train_step = self._sft_step if self.config.algorithm == "sft" else self._rl_step
         self._restore(start_step)
         for step in range(start_step, self.total_steps):
@@ -71,16 +74,27 @@ class Trainer:
             if "completion/tokens_total" in metrics:
                 metrics["tokens_per_s"] = metrics.pop("completion/tokens_total") / seconds["step"]
             score = metrics.get("reward", -metrics["loss"])
-            if self._due(self.config.eval.every, step + 1):
+            stop = self._is_to_stop()
+            # An evaluation may take longer than whoever asks to stop is willing to wait.
+            if self._due(self.config.eval.every, step + 1) and not stop:
                 metrics |= self.evaluate()
+                stop = self._is_to_stop()
             self.log.log_step(step + 1, metrics | {f"time/{name}": value for name, value in seconds.items()})
-            stop = self.runtime.any(self.stop_requested())
-            every = self.config.checkpoint.every
-            if stop or self._due(every, step + 1) or (every > 0 and step + 1 == self.total_steps):
-                self._save(TrainerState(step + 1, score, self.runtime.world_size))
-            if stop and step + 1 < self.total_steps:
+            state = TrainerState(step + 1, score, self.runtime.world_size)
+            if stop or self._due(self.config.checkpoint.every, step + 1):
+                self._save(state)
+            if stop:
                 return False
+        # The policy first: a full disk that has no room for a checkpoint may have room for it.
+        if self.config.checkpoint.export:
+            self.policy.export(self.config.output_dir / "policy")
+        if start_step < self.total_steps:
+            self._save(state)
         return True
+
+    def _is_to_stop(self) -> bool:
+        """Whether any process was asked to stop. Every process must call this."""
+        return self.runtime.any(self.stop_requested())
 
     def _rl_step(self, step: int) -> dict[str, float]:
         """One step of MRPO, GRPO or GDPO."""

@@ -28,6 +28,14 @@ def write_whole(path: Path, parts: Iterable[str]) -> None:
     flush_folder(path.parent)
 
 
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Gives `partial` the name `folder`. What had that name goes first: a kill may leave none, but no half of one."""
+    flush_tree(partial)
+    remove_path(folder)
+    partial.rename(folder)
+    flush_folder(folder.parent)
+
+
 def remove_path(path: Path) -> None:
     """Removes a file, a folder with all that is in it, or a link, but not what the link leads to."""
     if path.is_dir() and not path.is_symlink():

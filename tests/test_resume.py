@@ -111,6 +111,19 @@ def test_sigterm_saves_and_exits(tiny_policy: Path, tmp_path: Path, uninterrupte
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_killed_during_the_last_evaluation(tiny_policy: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    run = tmp_path / "run"
+    last = ["checkpoint.every=0", "eval.at_end=true", "data.eval_size=256"]
+    arguments = [*settings(tiny_policy, run), *last]
+    interrupt(arguments, lambda: bool(checkpoints(run / "checkpoints")), signal.SIGKILL)
+    assert not (run / "evaluation-after.json").exists()
+    assert [state.step for _, state in checkpoints(run / "checkpoints")] == [STEPS]
+    assert_same_run(run, uninterrupted)
+    train(*arguments, "--resume")
+    assert (run / "evaluation-after.json").is_file()
+    assert_same_run(run, uninterrupted)
+
+
 def test_completions_sampled_ahead_survive_a_kill(tiny_policy: Path, tmp_path: Path, uninterrupted: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(*settings(tiny_policy, whole), "rollout.ahead=2")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mrpo.whole_files import remove_path, write_whole
+from mrpo.whole_files import partial_path, remove_path, replace_folder, write_whole
 
 
 def test_the_old_content_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -24,6 +24,14 @@ def test_the_old_content_is_there_until_the_new_one_is_whole(tmp_path: Path) -> 
     assert path.read_text() == "old"
     write_whole(path, ["ne", "w"])
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"file": "new"}
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    for folder, name in ((tmp_path / "policy", "old"), (partial_path(tmp_path / "policy"), "new")):
+        (folder / "inner").mkdir(parents=True)
+        (folder / "inner" / name).touch()
+    replace_folder(partial_path(tmp_path / "policy"), tmp_path / "policy")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == ["policy/inner/new"]
 
 
 def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path: Path) -> None:

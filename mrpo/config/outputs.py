@@ -18,7 +18,9 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
-    every: NonNegative = Field(20, description="Steps between checkpoints; 0: only on SIGTERM")
+    every: NonNegative = Field(
+        20, description="Steps between checkpoints; 0: only on SIGTERM and after the last step, which always make one"
+    )
     keep_last: Positive = Field(2, description="Newest checkpoints kept")
     keep_best: NonNegative = Field(
         1, description="Best checkpoints kept however old, by mean reward of their step; they may be among the newest"

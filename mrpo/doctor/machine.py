@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -136,9 +137,9 @@ def check_disk(config: Config, model: ModelSize | None) -> Check:
 def kept_checkpoints(config: Config) -> int:
     """The most checkpoints that are on disk at once: those kept and one being written, or as many as a run makes."""
     if config.checkpoint.every == 0:
-        return 1  # the one of a SIGTERM
+        return 1  # after the last step
     most = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
-    return most if config.optim.steps is None else min(most, max(1, config.optim.steps // config.checkpoint.every))
+    return most if config.optim.steps is None else min(most, math.ceil(config.optim.steps / config.checkpoint.every))
 
 
 def existing_parent(path: Path) -> Path:

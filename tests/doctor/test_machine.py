@@ -81,7 +81,8 @@ def test_gpus() -> None:
         ([], 4),  # two last, one best, one being written
         (["checkpoint.keep_last=1", "checkpoint.keep_best=0"], 2),
         (["checkpoint.every=0"], 1),
-        (["optim.steps=45"], 2),
+        (["optim.steps=45"], 3),  # after steps 20, 40 and the last one
+        (["optim.steps=10"], 1),
         (["optim.steps=null"], 4),
     ],
 )

@@ -1,0 +1,117 @@
+"""The order of a run: steps, evaluations, checkpoints, the exported policy, and the end that a signal asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from thread_processes import Meeting, ThreadRuntime
+
+from mrpo.checkpoint import TrainerState
+from mrpo.settings import load_config
+from mrpo.trainer import Trainer
+
+
+class Recorder:
+    """Stands for policy, checkpoints and log, and writes down what is asked of them."""
+
+    engine = None
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def export(self, folder: Path) -> None:
+        self.events.append(f"export {folder.name}")
+
+    def save(self, engine: None, state: TrainerState, tensors: dict[str, torch.Tensor]) -> None:
+        self.events.append(f"save {state.step}")
+
+    def load_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        return {}
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.events.append(f"log {step}{' with validation' if 'validation/reward' in metrics else ''}")
+
+    def evaluate(self) -> dict[str, float]:
+        self.events.append("evaluate")
+        return {"validation/reward": 1.0}
+
+
+class EmptySteps(Trainer):
+    def _rl_step(self, step: int) -> dict[str, float]:
+        return {"loss": 0.0}
+
+
+def never(_: Recorder) -> bool:
+    return False
+
+
+def run(runtime: Any, stop: Callable[[Recorder], bool], start: int, *overrides: str) -> tuple[bool, list[str]]:
+    """Whether a run of 3 steps went to its end, and what it did on the way."""
+    recorder: Any = Recorder()
+    trainer = EmptySteps(
+        config=load_config(None, list(overrides)),
+        runtime=runtime,
+        policy=recorder,
+        engine=recorder,
+        scorer=recorder,
+        train_set=(),
+        checkpoints=recorder,
+        log=recorder,
+        total_steps=3,
+        evaluate=recorder.evaluate,
+        stop_requested=lambda: stop(recorder),
+    )
+    return trainer.run(start), recorder.events
+
+
+def alone(stop: Callable[[Recorder], bool], *overrides: str, start: int = 0) -> tuple[bool, list[str]]:
+    return run(ThreadRuntime(0, Meeting(1), torch.device("cpu")), stop, start, *overrides)
+
+
+def when(event: str) -> Callable[[Recorder], bool]:
+    """Asks to stop from `event` on."""
+    return lambda recorder: event in recorder.events
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_last_step_is_saved_after_the_policy_is_exported(every: int) -> None:
+    saved = ["save 2"] if every else []
+    steps = ["log 1", "log 2", *saved, "log 3"]
+    assert alone(never, f"checkpoint.every={every}") == (True, [*steps, "export policy", "save 3"])
+
+
+def test_a_finished_run_that_is_resumed_exports_again_and_saves_nothing() -> None:
+    assert alone(never, start=3) == (True, ["export policy"])
+    assert alone(never, "checkpoint.export=false", start=3) == (True, [])
+
+
+def test_a_run_that_is_to_stop_saves_and_does_not_evaluate_first() -> None:
+    settings = ("checkpoint.every=0", "eval.every=2")
+    assert alone(when("log 1"), *settings) == (False, ["log 1", "log 2", "save 2"])
+
+
+def test_a_run_that_is_asked_to_stop_while_it_evaluates_saves_then() -> None:
+    done = alone(when("evaluate"), "checkpoint.every=0", "eval.every=2")
+    assert done == (False, ["log 1", "evaluate", "log 2 with validation", "save 2"])
+
+
+def test_a_run_that_is_asked_to_stop_in_its_last_step_saves_at_once() -> None:
+    assert alone(when("log 2"), "checkpoint.every=0") == (False, ["log 1", "log 2", "log 3", "save 3"])
+
+
+@pytest.mark.parametrize("event", ["log 1", "evaluate", "log 2 with validation"])
+def test_processes_stop_together_whichever_was_asked(event: str) -> None:
+    meeting = Meeting(2)
+    with ThreadPoolExecutor(2) as pool:
+        parts = [
+            pool.submit(run, ThreadRuntime(rank, meeting, torch.device("cpu")), stop, 0, "eval.every=2")
+            for rank, stop in enumerate((when(event), never))
+        ]
+        first, second = (part.result() for part in parts)
+    assert first == second
+    assert not first[0]
