@@ -44,6 +44,15 @@ class Measured:
     values: dict[str, Any] = field(default_factory=dict)
 
 
+# What failures say that another try may be spared: a command cut short, memory that another process held, a package.
+_PASSING = ("took longer than", "the process ended", "Free memory on device", "ModuleNotFoundError", "ImportError")
+
+
+def is_passing(failure: str | None) -> bool:
+    """Whether another try may succeed."""
+    return failure is not None and any(text in failure for text in _PASSING)
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison of a suite: a name of its own, the settings it depends on (JSON), and what measures it.
@@ -109,13 +118,16 @@ def about(name: str) -> str:
 
 
 class Store:
-    """The results of one suite in DIR/NAME.json. What is put is on the disk, whole, before `put` returns."""
+    """The results of one suite in DIR/NAME.json. What is put is on the disk, whole, before `put` returns.
+
+    A case that failed, or of which a candidate failed for want of luck, is measured again.
+    """
 
     def __init__(self, out: Path, suite: str, machine: Mapping[str, Any], *, fresh: bool = False) -> None:
         self._path = out / f"{suite}.json"
         self._machine = dict(machine)
         kept = {} if fresh or not self._path.exists() else json.loads(self._path.read_text(encoding="utf-8"))
-        self._records: dict[str, dict[str, Any]] = {r["key"]: r for r in kept.get("cases", ()) if not r["failure"]}
+        self._records: dict[str, dict[str, Any]] = {r["key"]: r for r in kept.get("cases", ()) if _is_finished(r)}
         self._skips: dict[str, dict[str, str]] = kept.get("skips", {})
 
     def get(self, key: str) -> Result | None:
@@ -150,6 +162,10 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
     """The machine, and the results, of a file that a `Store` wrote."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return {**content["machine"], "commit": content["commit"]}, [_result(record) for record in content["cases"]]
+
+
+def _is_finished(record: Mapping[str, Any]) -> bool:
+    return not record["failure"] and not any(is_passing(one["failure"]) for one in record["measured"])
 
 
 def _result(record: Mapping[str, Any]) -> Result:

@@ -20,19 +20,14 @@ from typing import Any
 import harness
 import torch
 from model_folders import make_folder
-from results import Measured
+from results import Measured, is_passing
 from rollout_checks import ERROR, GREEDY_ERROR, STALE, SYNCED
 from rollout_setting import COLD, REFERENCE, TRL, WITH_VLLM, Setting
-from way_process import FailedError, Pool, Script, WayProcess
+from way_process import QUIET, FailedError, Pool, Script, WayProcess
 
 SCRIPT = Script(
     "rollout_worker.py",
-    environment={
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    },
+    environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **QUIET},
 )
 # On a CPU, where compiling takes longer than the suite, and other processes need cores and memory too.
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
@@ -113,8 +108,9 @@ class Driver:
                     if name in one.ways:
                         self._measure(one, [name], skip)
             self._pool.close()
-            # A case that is finished is kept elsewhere.
-            shutil.rmtree(self._kept / self._key(job), ignore_errors=True)
+            if not any(is_passing(self._found[job.name, name].failure) for name in job.ways):
+                # A case that is finished is kept elsewhere.
+                shutil.rmtree(self._kept / self._key(job), ignore_errors=True)
         return [self._found[job.name, name].as_measured() for name in job.ways]
 
     def close(self) -> None:

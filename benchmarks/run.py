@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,8 @@ README = ROOT / "README.md"
 
 
 def main() -> None:
+    # What was started for a suite ends with this process, and not only when it ends in the ordinary way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options = _options()
     if options.list:
         for name in suite_names():
@@ -51,7 +54,7 @@ def main() -> None:
         console = Console(soft_wrap=True, highlight=False, markup=False)
         for name in options.suites or suite_names():
             if not options.render:
-                run_suite(name, options.out, console, quick=options.quick, fresh=options.fresh)
+                run_suite(name, options.out, console, options)
             if (options.out / f"{name}.json").exists():
                 render(name, options.out)
                 console.print((options.out / f"{name}.md").read_text(encoding="utf-8"))
@@ -61,6 +64,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default: all ({', '.join(suite_names())})")
+    parser.add_argument(
+        "--case", action="append", metavar="TEXT", help="only cases whose names hold this; may be given several times"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     parser.add_argument("--fresh", action="store_true", help="measure again what a run before has finished")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/benchmarks, or runs/benchmarks-quick")
@@ -78,8 +84,12 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def run_suite(name: str, out: Path, console: Console, *, quick: bool, fresh: bool) -> None:
-    """Measures the cases that are not finished; one that fails is reported and leaves the others alone."""
+def run_suite(name: str, out: Path, console: Console, options: argparse.Namespace) -> None:
+    """Measures the cases that are not finished; one that fails is reported and leaves the others alone.
+
+    Args:
+        options: quick, fresh, and case, of which names must hold one (None: all cases).
+    """
     import harness  # and with it torch: the rest of this command needs none
 
     suite = load_suite(name)
@@ -87,9 +97,11 @@ def run_suite(name: str, out: Path, console: Console, *, quick: bool, fresh: boo
         console.print(f"{name}: skipped, {reason}")
         return
     machine, digest = harness.machine(), digest_of(suite)
-    cases = {key_of(name, case, machine, digest): case for case in suite.cases(quick)}
-    store = Store(out, name, machine, fresh=fresh)
+    cases = {key_of(name, case, machine, digest): case for case in suite.cases(options.quick)}
+    store = Store(out, name, machine, fresh=options.fresh)
     store.keep(list(cases))
+    if options.case:
+        cases = {key: case for key, case in cases.items() if any(text in case.name for text in options.case)}
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=len(cases))

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from harness import synchronize
-from model_folders import examples
+from model_folders import LONGEST_PROMPT, examples
 from step_setting import AHEAD, FROZEN, GRPO, LORA_RANK, MICRO_BATCH, MRPO, Setting
 from step_way import CountingScorer, Sampled, compared_names, compared_part, plain_name, same_adapters
 
@@ -46,6 +46,10 @@ def make_config(setting: Setting, *, ahead: bool, algorithm: str, folder: Path) 
             "batch_size": max(1, setting.samples // setting.processes),
             "ahead": int(ahead),
             "gpu_memory": GPU_MEMORY,
+            # As TRL's engine: with adapters alone both models and the update fit beside one that stays awake.
+            "sleep_level": 0 if setting.lora else 2,
+            # One size for all cases: vLLM compiles for each anew.
+            "engine_options": {"max_num_seqs": 256, "max_model_len": LONGEST_PROMPT + 640} if on_gpu else {},
         },
         "optim": {
             "batch_size": setting.samples,
@@ -62,6 +66,8 @@ def make_config(setting: Setting, *, ahead: bool, algorithm: str, folder: Path) 
         # Optimizer state in fp32 would take 105 GB of a GPU with 141.
         lean = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         tree["deepspeed"] = {"zero_stage": 1, "extra": {"bf16": lean}}
+        # The estimate counts fp32 states, for which all layers would have to recompute their activations.
+        tree["update"] = {"checkpointing": 18}
     return Config.model_validate(tree)
 
 
@@ -132,6 +138,7 @@ class OurWay:
         from deepspeed.utils import safe_get_full_grad
 
         trainer = self.trainer
+        trainer.engine.sleep()  # as in the updates of a step
         policy, found = trainer.policy, {}
         parameters = {plain_name(name): p for name, p in policy.model.named_parameters() if p.requires_grad}
         names = compared_names(parameters)
@@ -150,6 +157,7 @@ class OurWay:
             policy.update(self._rows(sampled), FROZEN)
         finally:
             policy.engine.step, policy.engine.get_global_grad_norm = step, norm
+        trainer.engine.sync(policy.weights)
         return found
 
     def _rows(self, sampled: Sequence[Sampled]) -> list[Row]:

@@ -100,6 +100,12 @@ class TimedTrainer(GRPOTrainer):
         self.tokens += sum(map(len, found[1]))
         return found
 
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm:  # which expands the placeholder of an image itself, also where it was expanded before
+            mark = self.model.config.image_token_id
+            prompt_ids = [one_placeholder_an_image(ids, mark) for ids in prompt_ids]
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.stopwatch.measure("judge"):
             return super()._calculate_rewards(*args, **kwargs)
@@ -243,7 +249,7 @@ def trl_config(setting: Setting, own: Processor, folder: Path) -> GRPOConfig:
             "use_vllm": True,
             "vllm_mode": "colocate",
             "vllm_gpu_memory_utilization": GPU_MEMORY,
-            "vllm_max_model_length": LONGEST_PROMPT + setting.length,
+            "vllm_max_model_length": LONGEST_PROMPT + 640,
             "vllm_enable_sleep_mode": not setting.lora,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
         }
@@ -268,6 +274,11 @@ def trl_config(setting: Setting, own: Processor, folder: Path) -> GRPOConfig:
         seed=0,
         **engine,
     )
+
+
+def one_placeholder_an_image(ids: Sequence[int], mark: int) -> list[int]:
+    """`ids` with one token `mark` where there is a run of them; images do not touch."""
+    return [token for i, token in enumerate(ids) if token != mark or i == 0 or ids[i - 1] != mark]
 
 
 def reward(scorer: Scorer, by_id: Mapping[str, Any]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from harness import _resident
 
-_POLL = 0.005
+_POLL, _WATCH = 0.005, 1.0  # seconds
 
 
 class Worker(Protocol):
@@ -32,18 +33,14 @@ class Worker(Protocol):
 class Mailbox:
     """Commands to this process, in order."""
 
-    def __init__(self, folder: Path, rank: int, commander: int) -> None:
-        self._folder, self._rank, self._commander = folder, rank, commander
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
         self._number = 0
 
     def look(self) -> dict[str, Any]:
         """The next command; it stays the next one until it is answered."""
         path = self._folder / f"{self._number}.json"
         while not path.exists():
-            try:
-                os.kill(self._commander, 0)
-            except ProcessLookupError:
-                os._exit(1)
             time.sleep(_POLL)
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -66,10 +63,23 @@ class Mailbox:
                 self.answer(content)
 
 
+def _end_with(commander: int) -> None:
+    """Ends this process, whatever it is at, when `commander` is gone or dead: a GPU's memory is not to be held on."""
+    while True:
+        try:
+            status = Path(f"/proc/{commander}/stat").read_text(encoding="utf-8")
+        except OSError:
+            os._exit(1)
+        if status.rpartition(")")[2].split()[0] in "ZX":  # dead, but nobody has asked how it ended
+            os._exit(1)
+        time.sleep(_WATCH)
+
+
 def run_way(make: Callable[[str, Mailbox, Path], Worker]) -> None:
     """What a script of a way does. usage: SCRIPT WAY FOLDER PID [--local_rank N]"""
     name, folder, commander = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    mailbox = Mailbox(Path(folder), int(os.environ.get("RANK", "0")), int(commander))
+    threading.Thread(target=_end_with, args=[int(commander)], daemon=True).start()
+    mailbox = Mailbox(Path(folder), int(os.environ.get("RANK", "0")))
     worker = make(name, mailbox, Path(folder))
     mailbox.serve(worker.carry_out)
     worker.close()

@@ -23,6 +23,8 @@ from typing import Any
 from results import HERE, ROOT
 
 _POLL = 0.002
+# For processes that hold an engine: nothing is fetched, reported or told.
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 class FailedError(Exception):

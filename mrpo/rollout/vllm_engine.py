@@ -170,9 +170,13 @@ class VLLMEngine:
             self._has_weights = level < 2
 
     def close(self) -> None:
-        """Frees the engine's memory; under a launcher only what `sleep` frees, and the rest when the process ends."""
+        """Frees the engine's memory: all, or of one that can sleep what sleep frees, and the rest with the process.
+
+        vLLM never lets go of the pool from which an engine that can sleep has its memory: a process can have but one.
+        Under a launcher every engine ends with its process.
+        """
+        self.sleep()
         if self._launched:
-            self.sleep()
             _KEPT.append(self.llm)
             return
         self.llm.llm_engine.engine_core.shutdown()

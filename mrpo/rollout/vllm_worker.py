@@ -30,6 +30,9 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> No
         return
     with torch.no_grad():
         loaded = model.load_weights(weights)
+        # Qwen3-VL's sums for the first layers are no buffers, which sleep would restore, and no weights.
+        for sums in getattr(model, "deepstack_input_embeds", None) or ():
+            sums.zero_()
     torch.cuda.synchronize(worker.device)
     missing = {name for name, _ in model.named_parameters()} - loaded if loaded is not None else ()
     if missing:

@@ -183,6 +183,22 @@ def test_a_killed_run_goes_on_where_it_stopped(folder: Path) -> None:
     assert measured(folder) == [3], "a case that failed is tried again, one that is finished is not"
 
 
+def test_cases_may_be_chosen_and_the_others_keep_their_results(folder: Path) -> None:
+    run(folder, "--case", "case 1", "--out", "out")
+    run(folder, "--case", "case 0", "--case", "case 2", "--out", "out")
+    assert measured(folder) == [1, 0, 2]
+    cases = json.loads((folder.parent / "out" / "toy.json").read_text())["cases"]
+    assert {case["name"] for case in cases} == {"case 0", "case 1", "case 2"}
+
+
+@pytest.mark.parametrize(("failure", "again"), [("step took longer than 9 s", True), ("out of memory", False)])
+def test_a_candidate_that_failed_for_want_of_luck_is_measured_again(tmp_path: Path, failure: str, again: bool) -> None:
+    from results import Measured, Result, Store
+
+    Store(tmp_path, "toy", {}).put("key", Result("case", {}, [Measured("one", 1.0), Measured("two", failure=failure)]))
+    assert (Store(tmp_path, "toy", {}).get("key") is None) == again
+
+
 def test_fresh_and_changed_sources_measure_again(folder: Path) -> None:
     run(folder, "--quick", "--out", "out")
     run(folder, "--quick", "--out", "out", "--fresh")

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,83 @@ def test_a_way_that_dies_is_a_failure_with_its_last_words(tmp_path: Path) -> Non
             way.ask("prepare", timeout=120)
     finally:
         way.close()
+
+
+def test_a_way_ends_with_who_commands_it_even_in_the_middle_of_a_command(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, time
+        sys.path.insert(0, sys.argv.pop(1))
+        from way_mailbox import run_way
+
+        class Sleeper:
+            def carry_out(self, command):
+                (folder / "asleep").touch()
+                time.sleep(300)
+
+        def make(name, mailbox, where):
+            global folder
+            folder = where
+            return Sleeper()
+
+        run_way(make)
+    """
+    (tmp_path / "0.json").write_text('{"do": "anything"}')
+    commander = subprocess.Popen(["sleep", "300"])
+    arguments = [str(ROOT / "benchmarks"), "way", str(tmp_path), str(commander.pid)]
+    way = subprocess.Popen([sys.executable, "-c", code, *arguments])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "asleep").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    commander.kill()  # and nobody asks how it ended, so that its number lives on
+    assert way.wait(timeout=30) == 1
+    commander.wait()
+
+
+def test_a_case_that_was_broken_off_goes_on_with_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import suite_step
+    from step_setting import Setting
+
+    done: list[str] = []
+    made: Any = SimpleNamespace(keep_folder=tmp_path, kept=lambda key: tmp_path / key, pool=None)
+    setting = Setting("model", prompts=2, group=4, image_tokens=16, length=6, processes=2)
+
+    class Stopped(Exception):
+        pass
+
+    class Case(suite_step._Case):
+        def _process(self, way: Any) -> None:
+            pass
+
+        def _prepare(self, way: Any) -> None:
+            done.append("prepare")
+
+        def _step(self, way: Any) -> None:
+            if done.count("step") == 3:
+                raise Stopped
+            done.append("step")
+            way.steps.append({"seconds": float(len(done)), "peak": 0.0})
+
+    way = suite_step.Measurement(suite_step.OURS)
+    with pytest.raises(Stopped):
+        Case(made, setting, turns=5).measure([way])
+    assert done == ["prepare", "step", "step", "step"]  # the first one to warm up
+    done.clear()
+    monkeypatch.setattr(Case, "_step", lambda self, way: way.steps.append({"seconds": 9.0, "peak": 0.0}))
+    again = suite_step.Measurement(suite_step.OURS)
+    Case(made, setting, turns=5).measure([again])
+    assert [step["seconds"] for step in again.steps] == [3.0, 4.0, 9.0, 9.0, 9.0]
+    Case(made, setting, turns=5).measure([finished := suite_step.Measurement(suite_step.OURS)])
+    assert finished.steps == again.steps
+    assert done == ["prepare"]
+
+
+def test_vllm_gets_one_placeholder_an_image() -> None:
+    pytest.importorskip("trl")
+    from step_trl import one_placeholder_an_image
+
+    assert one_placeholder_an_image([9, 9, 1, 9, 9, 9, 2, 9], 9) == [9, 1, 9, 2, 9]
+    assert one_placeholder_an_image([1, 1, 2], 9) == [1, 1, 2]
 
 
 def test_a_random_model_writes_sentences_and_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
