@@ -1,10 +1,10 @@
 """The paper's effect in miniature: base, SFT, GRPO, GDPO and MRPO on phantom scans, with ablations of MRPO.
 
-Same warm starts, same prompts in the same order (SFT: one question a target), same number of steps; a learning rate for each method, found on
-validation questions with the same budget. Every arm is measured once, on test questions that nothing was chosen by.
-What the runs leave (answers to every question, with the judge's word on every step) is kept in runs/study or
-runs/study-quick: a broken run goes on there, tables and figures are made from it, and removing it starts over.
-MRPO_STUDY_DIR names another folder.
+Same warm starts, same prompts in the same order (SFT: a question for every target), same number of steps; a learning
+rate for each method, found on validation questions with the same budget. Every arm is measured once, on test questions
+that nothing was chosen by. What the runs leave (answers to every question, with the judge's word on every step) is kept
+in runs/study or runs/study-quick: a broken run goes on there, tables and figures are made from it, and removing it
+starts over. MRPO_STUDY_DIR names another folder.
 """
 
 from __future__ import annotations
