@@ -130,17 +130,20 @@ def _loss(
         temperature=temperature,
         with_entropy=True,
     )
-    # The operator leaves out tokens that cannot move the loss; in TRL's metrics these count as unchanged and average.
-    computed = (weights != 0) & ((advantages != 0) | (terms.beta != 0))
-    entropy = result.entropy
-    assert entropy is not None
-    mean = (entropy * computed).sum() / computed.sum().clamp(min=1)
-    logprobs = result.logprobs if old is None else torch.where(computed, result.logprobs, old.to(result.logprobs.dtype))
-    return FusedCausalLMOutput(
-        loss=result.loss,
-        log_probs=_spread(logprobs, scored),
-        entropy=_spread(torch.where(computed, entropy, mean), scored),
-    )
+    logprobs, entropy = result.logprobs, result.entropy
+    if terms.beta == 0:
+        # The operator leaves out tokens that cannot move the loss; TRL's metrics count them, so they are scored alone.
+        left_out = (weights != 0) & (advantages == 0)
+        hidden, weight, targets = arguments
+        with torch.no_grad():
+            more_logprobs, more_entropy = linear_logprobs(
+                hidden[left_out], weight, targets[left_out], bias=bias, temperature=temperature, with_entropy=True
+            )
+        assert entropy is not None
+        assert more_entropy is not None
+        logprobs = logprobs.masked_scatter(left_out, more_logprobs)
+        entropy = entropy.masked_scatter(left_out, more_entropy)
+    return FusedCausalLMOutput(loss=result.loss, log_probs=_spread(logprobs, scored), entropy=_spread(entropy, scored))
 
 
 def _spread(values: torch.Tensor | None, scored: torch.Tensor) -> torch.Tensor | None:

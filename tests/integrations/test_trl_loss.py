@@ -168,6 +168,45 @@ def test_importance_weights_of_the_sampler_and_tool_masks_equal_trls(tmp_path: P
     assert_close(found, loss_and_gradients(trainer, inputs))
 
 
+def metrics_of_both_losses(trainer: MRPOTrainer, inputs: dict[str, Any]) -> list[dict[str, float]]:
+    """What our loss and then TRL's own leave in TRL's metrics of the loss, for one batch."""
+    found = []
+    for trainer._fused_loss in (True, False):
+        loss_and_gradients(trainer, inputs)
+        metrics = trainer._metrics["train"]
+        found.append({n: v[-1] for n, v in metrics.items() if n == "entropy" or n.startswith("clip_ratio/")})
+    return found
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_metrics_equal_trls_where_advantages_are_zero(tmp_path: Path, share: float) -> None:
+    """Such tokens cannot move the loss, but TRL counts their entropies."""
+    trainer = vision_trainer(tmp_path, loss_type="grpo", num_iterations=2, epsilon=0.02, temperature=0.8)
+    inputs = batch_of(trainer)
+    inputs["advantages"][: int(share * len(inputs["advantages"]))] = 0.0
+    ours, trls = metrics_of_both_losses(trainer, inputs)
+    assert trls["entropy"] > 0.01
+    assert ours == pytest.approx(trls, rel=0, abs=1e-5)
+
+
+def test_evaluation_with_one_generation_has_an_entropy(tmp_path: Path) -> None:
+    """Where a group has one completion, every advantage is zero."""
+    trainer = vision_trainer(tmp_path, config=GRPO, num_generations_eval=1)
+    assert trainer.evaluate(trainer.train_dataset)["eval_entropy"] > 0.01
+
+
+def test_metrics_equal_trls_where_importance_weights_are_zero(tmp_path: Path) -> None:
+    """TRL counts clipped ratios before it applies the weights of the sampler."""
+    trainer = vision_trainer(tmp_path, loss_type="grpo", num_iterations=2, epsilon=0.02)
+    inputs = batch_of(trainer)
+    generator = torch.Generator().manual_seed(1)
+    inputs["importance_sampling_ratio"] = torch.rand(inputs["completion_ids"].shape, generator=generator).round()
+    trainer.use_vllm = True
+    ours, trls = metrics_of_both_losses(trainer, inputs)
+    assert trls["clip_ratio/region_mean"] > 0
+    assert ours == pytest.approx(trls, rel=0, abs=1e-5)
+
+
 def test_the_head_stays_trls_outside_the_loss(tmp_path: Path) -> None:
     """Generation and TRL's own calls with gradients see the forward that was there."""
     trainer = vision_trainer(tmp_path)
