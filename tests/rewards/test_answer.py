@@ -87,6 +87,39 @@ def test_lexical_parts_by_hand() -> None:
     assert parts["lexical"] == reward == pytest.approx((parts["rouge1"] + parts["bleu1"]) / 2)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("CA 125", "CA-125"),
+        ("COVID 19", "covid-19"),
+        ("2 3 cm", "2-3 cm"),
+        ("L4 5", "L4-5"),
+        ("T12 L1", "T12-L1"),
+        ("50% 60%", "50%-60%"),
+        ("type (II) 3", "type (II)-3"),
+        ("cafe\u0301 3", "cafe\u0301-3"),
+    ],
+)
+def test_a_hyphen_behind_a_word_is_no_sign(prediction: str, gold: str) -> None:
+    assert score(prediction, gold)[1]["lexical"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [("-3", "3"), ("+3", "-3"), ("(-3)", "(3)"), ("z=-3", "z=3"), ("10^-3", "10^3"), ("<5", ">5"), ("<5", "5")],
+)
+def test_signs_and_relations_are_part_of_a_number(prediction: str, gold: str) -> None:
+    assert score(prediction, gold)[1]["rouge1"] < 1.0
+
+
+word = st.text(st.characters(categories=["L", "Nd"]), min_size=1, max_size=6)
+
+
+@given(words=st.lists(word | st.sampled_from(["3.5", "1,000", "50%", "<5"]), min_size=2, max_size=6))
+def test_hyphens_between_words_count_as_spaces(words: list[str]) -> None:
+    assert score("-".join(words), " ".join(words))[1]["rouge1"] == score(" ".join(words), " ".join(words))[1]["rouge1"]
+
+
 def test_weights_are_rescaled_over_the_parts_that_are_there() -> None:
     reward = AnswerReward(RewardConfig(rouge_weight=0.3, bleu_weight=0.1))
     value, parts = reward(["a nodule"], ["a large nodule"])[0]
