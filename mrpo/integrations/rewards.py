@@ -30,11 +30,14 @@ def example_of(row: Row) -> Example:
     Raises:
         UserError: there is no gold answer.
     """
-    answer = row.get("answer", row.get("solution"))
+    answer = row.get("answer")
+    if answer is None:
+        answer = row.get("solution")
     if answer is None:
         raise UserError(f"rows need a column answer (or solution) with the gold answer; there are {sorted(row)}")
-    image = row.get("image")
-    images = row.get("images") or ([] if image is None else [image])
+    image, images = row.get("image"), row.get("images")
+    if images is None or len(images) == 0:  # an array has no truth value
+        images = [] if image is None else [image]
     metadata = row.get("metadata") or {}
     return Example(
         id=str(row.get("id", "")),
@@ -51,8 +54,8 @@ def _last_user_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(prompt, str):
         return prompt
     content = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     return "\n".join(part["text"] for part in content if part.get("type") == "text")
 
 
