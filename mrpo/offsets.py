@@ -6,7 +6,7 @@ find its characters. Each checks itself against the decoded text, and the last o
 
 - bytes: the vocabulary spells bytes (GPT-2's alphabet); their concatenation decodes to the text;
 - surfaces: each token's own spelling follows the last one, white space aside (word-level, WordPiece, SentencePiece);
-- prefixes: the text that the first i tokens decode to, up to where it departs from the whole text.
+- prefixes: the text that the first i tokens or fewer decode to, up to where it departs from the whole text.
 """
 
 from __future__ import annotations
@@ -115,20 +115,34 @@ def _prefix_spans(token_ids: Sequence[int], tokenizer: Any, text: str) -> TokenS
     """Lazy, since only the tokens at the ends of steps are asked for and each answer costs a decode."""
 
     @cache
-    def written(count: int) -> tuple[int, bool]:
-        """How many characters the first `count` tokens have finished, and whether they have begun one more."""
-        prefix = decode(token_ids[:count], tokenizer)
-        finished = _shared_length(prefix, text)
-        return finished, finished < len(prefix)
+    def prefix(count: int) -> str:
+        return decode(token_ids[:count], tokenizer)
 
-    def begin(i: int) -> int:
-        return written(i)[0]
+    @cache
+    def shared(count: int) -> int:
+        return _shared_length(prefix(count), text)
+
+    def begun(count: int) -> bool:
+        """Whether the first `count` tokens have begun a character that they have not finished."""
+        return shared(count) < len(prefix(count))
+
+    @cache
+    def finished(count: int) -> int:
+        """How many characters the first `count` tokens have finished.
+
+        A run of byte tokens decodes as a whole. One that ends amid a character turns those before it into U+FFFD, which
+        shorter prefixes had finished; so these are asked, too, back to one that is beyond doubt.
+        """
+        most = shared(count)
+        while begun(count) or prefix(count).endswith("\ufffd"):
+            count -= 1
+            most = max(most, shared(count))
+        return most
 
     def end(i: int) -> int:
-        finished, begun = written(i + 1)
-        return max(finished + begun, begin(i) + 1)
+        return max(finished(i + 1) + begun(i + 1), finished(i) + 1)
 
-    return TokenSpans(begin, end)
+    return TokenSpans(finished, end)
 
 
 def _shared_length(prefix: str, text: str) -> int:

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mrpo.offsets import token_spans
 from mrpo.records import Step
 from mrpo.steps import extract_answer, find_steps, step_ids
 
@@ -171,6 +172,53 @@ def test_spans_equal_brute_force_for_other_tokenizers(name: str, body: str) -> N
     ids = tokenizer(f"<think> {body} </think> <answer> mass </answer>", add_special_tokens=False)["input_ids"]
     steps = find_steps(ids, tokenizer, think_tag="think")
     check_spans(steps, decode(tokenizer, ids), covers_by_prefix(tokenizer, ids))
+
+
+def covers_by_fallback_byte(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """Concatenate what SentencePiece's tokens spell, less the space that its decoder strips."""
+    pieces = [bytes([int(t[3:5], 16)]) if t.startswith("<0x") else t.replace("\u2581", " ").encode() for t in tokens]
+    data = b"".join(pieces)
+    stops = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+    begins = [
+        len(data[: stop - len(p) + 1].decode(errors="replace")) - 2 for stop, p in zip(stops, pieces, strict=True)
+    ]
+    return [
+        (max(begin, 0), len(data[:stop].decode(errors="replace")) - 1)
+        for begin, stop in zip(begins, stops, strict=True)
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(body=st.text("漢é😀。ab. ", max_size=20))
+def test_spans_equal_brute_force_where_sentences_end_amid_a_run_of_byte_tokens(body: str) -> None:
+    tokenizer = OTHERS["sentence_piece"]
+    ids = tokenizer(f"<think>{body}</think>")["input_ids"]
+    covers = covers_by_fallback_byte(tokenizer.convert_ids_to_tokens(ids))
+    check_spans(find_steps(ids, tokenizer, think_tag="think"), decode(tokenizer, ids), covers)
+
+
+def test_hand_counted_spans_of_byte_tokens() -> None:
+    tokenizer = OTHERS["sentence_piece"]
+    ids = tokenizer("左肺。恶性。")["input_ids"]
+    assert len(ids) == 1 + 6 * 3
+    assert find_steps(ids, tokenizer, think_tag="think") == [Step("左肺。", 0, 10), Step("恶性。", 10, 19)]
+
+
+fallback_ids = st.one_of(
+    st.sampled_from("漢é。\ufffd").map(lambda char: [1 + byte for byte in char.encode()]),
+    st.lists(st.integers(0, len(OTHERS["sentence_piece"]) - 1), max_size=3),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(runs=st.lists(fallback_ids, max_size=8))
+def test_spans_are_monotone_for_any_byte_tokens(runs: list[list[int]]) -> None:
+    ids = [token for run in runs for token in run]
+    tokenizer = OTHERS["sentence_piece"]
+    spans = token_spans(ids, tokenizer, decode(tokenizer, ids))
+    for bound in (spans.begin, spans.end):
+        positions = [bound(i) for i in range(len(ids))]
+        assert positions == sorted(positions)
 
 
 def texts(text: str, think_tag: str = "think") -> list[str]:
