@@ -29,8 +29,9 @@ def add_parser(commands: Commands) -> None:
         "sources", nargs="+", type=Path, metavar="RUN_OR_EVAL", help="folder of a training run or of an evaluation"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder to write; an earlier report there is replaced"
-    )
+        "--out", required=True, type=Path, metavar="DIR",
+        help="folder to write, apart from the sources; an earlier report there is replaced",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -154,12 +154,61 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     (out / "data" / "stale.js").touch()
     write_report([run], out, silent)
     assert not (out / "data" / "stale.js").exists()
-    for other in (run, tmp_path / "file"):
-        (tmp_path / "file").touch()
+    other_run, file = write_run(tmp_path / "other"), tmp_path / "file"
+    file.touch()
+    for other in (other_run, file):
         with pytest.raises(UserError, match="is no report"):
             write_report([run], other, silent)
-    assert (run / "metrics.jsonl").is_file()
+    assert (other_run / "metrics.jsonl").is_file()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_what_others_put_beside_a_report_stays(tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    write_report([run], out, silent)
+    written = {path.name for path in out.iterdir()}
+    (out / "notes.txt").write_text("mine")
+    evaluation = write_evaluation(out / "evaluation", {"a": [trace(0)]})
+    (run / "samples.jsonl").unlink()
+    page = write_report([run], out, silent)
+    assert "no source holds traces" in page.read_text(encoding="utf-8")
+    assert not list((out / "images").iterdir())
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (evaluation / "eval.json").is_file()
+    assert {path.name for path in out.iterdir()} == written | {"notes.txt", "evaluation"}
+
+
+def test_a_replacement_that_is_killed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    write_report([run], out, silent)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("rename", "replace"):
+        with monkeypatch.context() as context:
+            context.setattr(Path, step, die)
+            with pytest.raises(KeyboardInterrupt):
+                write_report([run], out, silent)
+    page = write_report([run], out, silent)
+    for address in Links(page.read_text(encoding="utf-8")).addresses:
+        assert (out / address.partition("#")[0]).exists()
+
+
+def test_a_report_does_not_take_the_place_of_its_sources(tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    write_report([run], out, silent)
+    evaluation = write_evaluation(out / "evaluation", {"a": [trace(0)]})
+    (tmp_path / "link").symlink_to(evaluation)
+    for source in (evaluation, tmp_path / "link"):
+        with pytest.raises(UserError, match=rf"--out {out}: the source {evaluation} lies in it"):
+            write_report([run, source], out, silent)
+    assert (evaluation / "0.traces.jsonl").is_file()
+    # A report within its source takes nothing from it.
+    assert write_report([run], run / "report", silent).is_file()
+    write_evaluation(out, {"a": [trace(0)]})
+    with pytest.raises(UserError, match=rf"--out {out}: the source {out} lies in it"):
+        write_report([out], out, silent)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from mrpo.report.page.images import shown, write_thumbnails
 from mrpo.report.page.svg import inline_svg, save_figure
 from mrpo.report.page.tables import PageTable
 from mrpo.report.page.traces import TraceFile, write_chunks
+from mrpo.whole_files import remove_path
 
 # In the order in which the page runs them.
 _SCRIPTS = ("dom.js", "store.js", "list.js", "trace.js", "app.js")
@@ -29,6 +30,9 @@ _POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file: 'unsafe-inline'; img-src 'self' file:; "
     "base-uri 'none'; form-action 'none'"
 )
+# All that a report writes: these folders, and the page.
+_FOLDERS = ("data", "figures", "images", "static", "tables")
+_PAGE = "index.html"
 _GENERATOR = '<meta name="generator" content="mrpo report">'
 
 # Shows a name and a total while its block runs, and gives a function to be told how many more are done.
@@ -36,34 +40,57 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def write_report(folders: Sequence[Path], out: Path, progress: Progress) -> Path:
-    """Write the report of run and evaluation folders; the path of its page. An earlier report in `out` is replaced.
+    """Write the report of run and evaluation folders; the path of its page.
+
+    An earlier report in `out` is replaced; other files beside it stay.
 
     Raises:
-        UserError: a folder or a file in it is not what it should be, or `out` holds something else.
+        UserError: a folder or a file in it is not what it should be, `out` holds something else or a
+            source.
     """
     out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
     try:
         sources = read_sources(folders)
         _check_out(out)
+        _check_apart(sources, out)
         shutil.rmtree(partial, ignore_errors=True)
         _write(sources, partial, progress)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        _put_in_place(partial, out)
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out / "index.html"
+    return out / _PAGE
 
 
 def _check_out(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
-    page = out / "index.html"
+    page = out / _PAGE
     if out.exists() and not (page.is_file() and _GENERATOR in page.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"--out {out}: exists and is no report; name a new folder, or one that mrpo report wrote")
+
+
+def _check_apart(sources: Sources, out: Path) -> None:
+    for source in (*sources.runs, *sources.evaluations):
+        if source.folder.is_relative_to(out):
+            raise UserError(f"--out {out}: the source {source.folder} lies in it; name a folder apart from the sources")
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Makes `out` the report in `partial`; what else is in `out` stays.
+
+    The old page goes last, as `_check_out` knows a report by it: a replacement that is killed can be repeated.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        partial.rename(out)
+        return
+    for name in _FOLDERS:
+        remove_path(out / name)
+        if (partial / name).exists():
+            (partial / name).rename(out / name)
+    (partial / _PAGE).replace(out / _PAGE)
 
 
 def _write(sources: Sources, out: Path, progress: Progress) -> None:
@@ -95,7 +122,7 @@ def _write(sources: Sources, out: Path, progress: Progress) -> None:
         inline_svg=lambda figure: inline_svg(figure.figure, figure.stem, figure.title),
         traces=traces,
     )
-    (out / "index.html").write_text(page, encoding="utf-8")
+    (out / _PAGE).write_text(page, encoding="utf-8")
 
 
 def _title(sources: Sources) -> str:
