@@ -56,6 +56,18 @@ def read_content(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def remove_evaluation(folder: Path, content: Mapping[str, Any]) -> None:
+    """Removes the evaluation of FOLDER/eval.json, which holds `content`: that file first, then its models' traces.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    (folder / CONTENT).unlink(missing_ok=True)
+    for path in folder.glob(f"*{_TRACES}"):
+        if path.name.removesuffix(_TRACES) in content["models"]:
+            path.unlink()
+
+
 def write_traces(folder: Path, name: str, assessed: Sequence[Assessed]) -> None:
     """Writes FOLDER/NAME.traces.jsonl, whole or not at all.
 
@@ -67,15 +79,11 @@ def write_traces(folder: Path, name: str, assessed: Sequence[Assessed]) -> None:
 
 
 def write_content(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes FOLDER/eval.json, whole or not at all, and removes the traces of models that are no longer in it.
+    """Writes FOLDER/eval.json, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    gone = (read_content(folder) or {"models": {}})["models"].keys() - content["models"].keys()
-    for path in folder.glob(f"*{_TRACES}"):
-        if path.name.removesuffix(_TRACES) in gone:
-            path.unlink()
     write_whole(folder / CONTENT, [json.dumps(content, indent=1, allow_nan=False) + "\n"])
 
 

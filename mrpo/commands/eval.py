@@ -112,18 +112,23 @@ def _load(file: Path | None, overrides: Sequence[str]) -> Config:
 
 
 def _evaluate(models: Sequence[ModelCompletions], config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """Judges, and writes everything; eval.json comes last, so that a folder with it is complete."""
+    """Judges, and writes everything once all verdicts are there.
+
+    The eval.json of an earlier evaluation goes before anything of it is replaced and the new one comes last, so that a
+    folder with one is complete.
+    """
     from contextlib import closing
 
     from rich.console import Console
 
     from mrpo.assessment import Assessor
     from mrpo.assessment.content import build_content
-    from mrpo.assessment.folder import write_content, write_traces
+    from mrpo.assessment.folder import read_content, remove_evaluation, write_content, write_traces
     from mrpo.judge.cache import VerdictCache
     from mrpo.report.eval_tables import write_tables
     from mrpo.telemetry import show_progress
 
+    earlier = read_content(args.out)
     folder = args.cache or config.judge.cache or args.out / "cache"
     cache = VerdictCache(folder) if config.judge.kind == "openai" else None
     args.out.mkdir(parents=True, exist_ok=True)
@@ -134,9 +139,12 @@ def _evaluate(models: Sequence[ModelCompletions], config: Config, args: argparse
             total = len(model.questions) * model.samples
             with show_progress(f"judging {model.name}", total, console=console) as progress:
                 assessed[model.name] = assessor.assess(model, progress)
-            write_traces(args.out, model.name, assessed[model.name])
         judge = assessor.judge_name(models[0].datasets)
     content = build_content(models, assessed, judge, config, args.resamples)
+    if earlier is not None:
+        remove_evaluation(args.out, earlier)
+    for name, completions in assessed.items():
+        write_traces(args.out, name, completions)
     write_tables(content, args.out / "tables")
     write_content(args.out, content)
     return content

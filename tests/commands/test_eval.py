@@ -122,6 +122,54 @@ def test_another_evaluation_is_not_replaced_unasked(tmp_path: Path, capsys: pyte
     assert "not what mrpo eval wrote" in error_of(capsys, other, "--out", out)
 
 
+@pytest.mark.parametrize("last", ["write_traces", "write_tables", "write_content"])
+def test_a_folder_with_a_summary_is_complete_whenever_the_program_dies(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [completions(tmp_path / name, right) for name, right in (("a.jsonl", "10"), ("b.jsonl", "11"))]
+    out = tmp_path / "out"
+    assert run(*files, "--out", out) == 0
+    (out / "cache").mkdir()
+    (out / "cache" / "verdicts").touch()
+    module = "mrpo.report.eval_tables" if last == "write_tables" else "mrpo.assessment.folder"
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(f"{module}.{last}", die)
+        assert run(files[1], "--name", "c", "--out", out, "--overwrite") == 130
+    assert {path.name for path in out.iterdir()} <= {"cache", "tables", "c.traces.jsonl"}
+    assert (out / "cache" / "verdicts").is_file()
+    assert run(files[1], "--name", "c", "--out", out) == 0
+    assert {path.name for path in out.iterdir()} == {"cache", "tables", "c.traces.jsonl", "eval.json"}
+
+
+def test_an_evaluation_stays_until_another_is_judged(
+    tmp_path: Path, server: JudgeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = completions(tmp_path / "base.jsonl", "10"), tmp_path / "out"
+    other = completions(tmp_path / "other.jsonl", "10", question="Broken?")
+    server.script = {"Broken?": lambda record, attempt: (400, {}, "{}")}
+    assert run(base, "--out", out) == 0
+    before = {path: path.read_bytes() for path in out.glob("*.json*")}
+    judge = ("judge.kind=openai", f"judge.base_url={server.url}", "judge.model=judge-1", "judge.max_unjudged=0.2")
+    assert "unjudged" in error_of(capsys, other, "--out", out, "--overwrite", *judge)
+    assert {path: path.read_bytes() for path in out.glob("*.json*")} == before
+
+
+def test_a_summary_that_cannot_be_read_is_told_before_anything_is_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = completions(tmp_path / "base.jsonl", "10"), tmp_path / "out"
+    out.mkdir()
+    (out / "eval.json").write_text("[]")
+    assert run(base, "--out", out, "--overwrite") == 2
+    printed = capsys.readouterr().err
+    assert "not what mrpo eval wrote" in printed
+    assert "judging" not in printed
+
+
 def test_bad_input_is_told_before_anything_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = completions(tmp_path / "base.jsonl", "1010"), tmp_path / "out"
     fewer = completions(tmp_path / "fewer.jsonl", "10")
