@@ -332,6 +332,8 @@ def _credit(experiment: Experiment) -> list[Table]:
 
 
 def _cosine_cell(found: Estimate) -> str:
+    if found.value is None or found.low is None or found.high is None:
+        return "–"  # noqa: RUF001
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 

@@ -33,7 +33,7 @@ Sample = TypeVar("Sample", bound=OfQuestion)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the ends of its interval; all None when undefined."""
+    """A value and the ends of its interval; all None when undefined, the ends alone when no resample defines it."""
 
     value: float | None
     low: float | None
@@ -105,6 +105,8 @@ def summarize_draws(value: Floats, draws: Floats, level: float) -> Estimate:
     """A figure with the percentile interval of its resamples, (resamples,); NaNs among them are left out."""
     if np.isnan(value):
         return Estimate(None, None, None)
+    if np.isnan(draws).all():
+        return Estimate(float(value), None, None)
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(value), float(low), float(high))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from metric_oracles import bootstrap_interval
 
-from mrpo.estimates import estimate_mean, mean, resampled_means, two_sided_p
+from mrpo.estimates import Estimate, estimate_mean, mean, resampled_means, summarize_draws, two_sided_p
 
 
 def test_the_fast_bootstrap_is_the_plain_one() -> None:
@@ -49,6 +49,13 @@ def test_what_nothing_defines_is_undefined() -> None:
     assert np.isnan(drawn[:, 0]).all()
     assert set(np.unique(drawn[~np.isnan(drawn[:, 1]), 1])) == {2.0}
     assert estimate_mean(sums[:, 0], counts[:, 0], seed=0, level=0.95, resamples=9).value is None
+
+
+def test_a_figure_that_no_resample_defines_has_no_interval() -> None:
+    assert summarize_draws(np.array(0.5), np.full(9, np.nan), 0.95) == Estimate(0.5, None, None)
+    # One of a thousand questions defines it; the only resample misses that one.
+    sums, counts = np.eye(1000)[0], np.eye(1000)[0]
+    assert estimate_mean(sums, counts, seed=1, level=0.95, resamples=1) == Estimate(1.0, None, None)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,10 @@ def show(cell: Cell, column: Column) -> str:
     if isinstance(cell, Estimate):
         if cell.value is None:
             return UNDEFINED
-        return f"{_number(cell.value, column)} [{_number(cell.low, column)}, {_number(cell.high, column)}]"
+        value = _number(cell.value, column)
+        if cell.low is None or cell.high is None:
+            return value
+        return f"{value} [{_number(cell.low, column)}, {_number(cell.high, column)}]"
     if isinstance(cell, str):
         return " ".join(clean_text(cell).split())
     return f"{cell:,}" if isinstance(cell, int) else _number(cell, column)

@@ -172,12 +172,15 @@ def _cells(row: Row) -> list[tuple[str, str]]:
 
 
 def _cell(estimate: Estimate, *, percent: bool, sign: str) -> tuple[str, str]:
-    if estimate.value is None or estimate.low is None or estimate.high is None:
+    if estimate.value is None:
         return UNDEFINED, ""
     scale, digits = (100.0, 1) if percent else (1.0, 2)
-    value, low, high = (f"{scale * x:{sign}.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
     unit = (" points" if sign else " %") if percent else ""
-    return f"{value}{unit}", f"[{low}, {high}]"
+    value = f"{scale * estimate.value:{sign}.{digits}f}{unit}"
+    if estimate.low is None or estimate.high is None:
+        return value, ""
+    low, high = (f"{scale * end:{sign}.{digits}f}" for end in (estimate.low, estimate.high))
+    return value, f"[{low}, {high}]"
 
 
 def _two_lines(value: str, note: str, *, style: str) -> Text:

@@ -82,6 +82,13 @@ def test_latex_escapes(text: str, expected: str) -> None:
     assert to_latex([{"name": text}], [NAME]).splitlines()[5] == rf"{expected} \\"
 
 
+def test_a_value_without_an_interval_stands_alone() -> None:
+    rows = [{"name": "rare", "share": Estimate(0.5, None, None)}]
+    assert to_csv(rows, [NAME, SHARE]).splitlines()[1] == "rare,0.5,,"
+    assert to_markdown(rows, [NAME, SHARE]).splitlines()[2] == "| rare | 50.0 |"
+    assert r"rare & 50.0 \\" in to_latex(rows, [NAME, SHARE])
+
+
 @given(st.text())
 def test_any_text_leaves_the_tables_whole(text: str) -> None:
     rows = [{"name": text, "gain": 1}, {"name": "last", "gain": 2}]

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from metric_oracles import summarize
 from PIL import Image
 
-from mrpo.estimates import question_ids, sum_by_question
+from mrpo.estimates import Estimate, question_ids, sum_by_question
 from mrpo.metrics import NUM_BINS, STAGES, first_failure_bin, first_failure_stage
 from mrpo.quantities import incorrect_in_bin, is_in_stage, is_in_stage_of_failures, rate_in_bin
 from mrpo.records import EvaluatedSample
@@ -97,6 +97,14 @@ def test_every_evaluation_is_drawn(tmp_path):
     assert colours(tmp_path / "two.png") == [True, True, False]
     assert colours(tmp_path / "one.png") == [True, False, False]
     assert colours(tmp_path / "none.png") == [False, False, False]
+
+
+def test_a_rate_that_no_resample_defines_is_drawn_without_an_interval(tmp_path):
+    samples = [sample("rare", (F, F)), *(sample(f"usual {index}", (T, T)) for index in range(1000))]
+    (estimate,) = estimate_each(samples, [rate_in_bin(2, correct=False)], seed=1, resamples=1)
+    assert estimate == Estimate(1.0, None, None)
+    draw_failures({"alone": samples}, tmp_path / "alone.png", seed=1, resamples=1)
+    assert colours(tmp_path / "alone.png") == [True, False, False]
 
 
 def test_drawing_is_reproducible(tmp_path):

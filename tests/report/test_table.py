@@ -142,6 +142,17 @@ def test_resamples_without_any_defined_completion_are_left_out():
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.7, 0.7, 0.7))
 
 
+def test_what_no_resample_defines_is_shown_without_an_interval(tmp_path):
+    # One question of a thousand fails, and the only resample misses it.
+    samples = [sample("rare", (F, F, T)), *(sample(f"usual {i}", (T,)) for i in range(1000))]
+    table = before_after_table(samples, samples, seed=1, resamples=1)
+    table.write(tmp_path)
+    rate = json.loads((tmp_path / "summary.json").read_text())["far"]
+    assert rate["before"] == {"value": 0.5, "low": None, "high": None}
+    row = next(row for row in (tmp_path / "summary.md").read_text().splitlines() if "accumulation" in row)
+    assert row.endswith("| 50.0 % | 50.0 % | +0.0 points |")
+
+
 @pytest.mark.parametrize(("before", "after"), [([], []), (BEFORE, AFTER[:-1]), (BEFORE[1:2], AFTER)])
 def test_other_questions_are_refused(before, after):
     with pytest.raises(ValueError, match="same questions"):
