@@ -13,6 +13,7 @@ from mrpo.completions import InferredQuestion, read_completions
 from mrpo.errors import UserError
 
 AVERAGE = "average"
+_Texts = tuple[str, str, str | None]  # question, gold answer, gold rationale
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def _check_questions(model: ModelCompletions) -> None:
 
 
 def check_same_questions(models: Sequence[ModelCompletions]) -> None:
-    """Models are tested against each other on the same questions with the same gold answers, in any order.
+    """Models are tested against each other on the same questions with the same gold texts, in any order.
+
+    The gold rationale is one of them, as the judge reads it.
 
     Raises:
         UserError: two models differ; says in how many questions, and names one.
@@ -90,15 +93,18 @@ def check_same_questions(models: Sequence[ModelCompletions]) -> None:
             raise UserError(_difference(first, second, first_texts, second_texts))
 
 
-def _texts(model: ModelCompletions) -> dict[tuple[str, str], tuple[str, str]]:
-    return {(dataset_of(q), q.example.id): (q.example.question, q.example.answer) for q in model.questions}
+def _texts(model: ModelCompletions) -> dict[tuple[str, str], _Texts]:
+    return {
+        (dataset_of(q), q.example.id): (q.example.question, q.example.answer, q.example.rationale)
+        for q in model.questions
+    }
 
 
 def _difference(
     first: ModelCompletions,
     second: ModelCompletions,
-    first_texts: Mapping[tuple[str, str], tuple[str, str]],
-    second_texts: Mapping[tuple[str, str], tuple[str, str]],
+    first_texts: Mapping[tuple[str, str], _Texts],
+    second_texts: Mapping[tuple[str, str], _Texts],
 ) -> str:
     only_first, only_second = first_texts.keys() - second_texts.keys(), second_texts.keys() - first_texts.keys()
     changed = {key for key in first_texts.keys() & second_texts.keys() if first_texts[key] != second_texts[key]}
@@ -107,6 +113,6 @@ def _difference(
     return (
         f"{len(all_differing)} questions differ between {first.name} ({first.file}) and {second.name} ({second.file}): "
         f"{len(only_first)} only in the first, {len(only_second)} only in the second, {len(changed)} with another "
-        f"question or gold answer, such as {example_id} of {dataset}; models are compared on the same questions, so "
-        "finish the inference of both, or evaluate them apart"
+        f"question, gold answer or gold rationale, such as {example_id} of {dataset}; models are compared on the same "
+        "questions, so finish the inference of both, or evaluate them apart"
     )

@@ -68,5 +68,13 @@ def test_differing_questions_are_counted(tmp_path: Path) -> None:
         check(tmp_path, ROWS, ROWS, other)
     message = str(error.value)
     assert "4 questions differ between m0 " in message
-    assert "1 only in the first, 2 only in the second, 1 with another question or gold answer" in message
+    assert "1 only in the first, 2 only in the second, 1 with another question, gold answer or gold" in message
     assert "such as 1 of other" in message
+
+
+@pytest.mark.parametrize(
+    "change", [{"question": "Why?"}, {"answer": "silver"}, {"rationale": "so"}, {"rationale": None}]
+)
+def test_all_that_decides_a_verdict_is_compared(tmp_path: Path, change: dict) -> None:
+    with pytest.raises(UserError, match="1 with another question, gold answer or gold rationale, such as 1 of set"):
+        check(tmp_path, ROWS, [ROWS[0] | change, *ROWS[1:]])
