@@ -89,6 +89,17 @@ def test_tables_hold_our_numbers_and_the_papers(site: Path) -> None:
     assert (test["difference"], test["p"], test["p_mcnemar"]) == ("12.5", "0.03125", "0.75")
 
 
+def test_questions_without_a_verdict_are_counted_too(tmp_path: Path) -> None:
+    folder = write_evaluation(tmp_path / "eval", {"a": [trace(0)], "b": [trace(1)]})
+    summary = json.loads((folder / "eval.json").read_text())
+    for figures in summary["models"]["a"]["datasets"].values():
+        figures["exact"] = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 10}
+    (folder / "eval.json").write_text(json.dumps(summary))
+    site = write_report([folder], tmp_path / "out", silent).parent
+    # Of a, 2 of 10 answers got no verdict; b's evaluation says only how many got one.
+    assert {row["model"]: row["questions"] for row in rows(site, "evaluation_1")} == {"a": "10", "b": "8"}
+
+
 def test_settings_show_where_runs_differ(site: Path) -> None:
     shown = {row["setting"]: (row["one"], row["two"]) for row in rows(site, "settings")}
     assert shown["algorithm"] == ("mrpo", "grpo")

@@ -109,7 +109,7 @@ def evaluation_metrics(evaluation: Evaluation, stem: str) -> PageTable:
     rows: list[Row] = [
         {
             "model": name,
-            "questions": (figures.get("accuracy") or {}).get("n"),
+            "questions": _num_questions(figures),
             **{key: _estimate(figures.get(key)) for key in shown},
         }
         for name, figures in averages.items()
@@ -118,6 +118,11 @@ def evaluation_metrics(evaluation: Evaluation, stem: str) -> PageTable:
     columns += [Column(key, evaluation.metric_name(key), percent=evaluation.is_percent(key)) for key in shown]
     note = f"All data sets together, weighted by their items; 95 % bootstrap intervals. Judge: {evaluation.judge}."
     return PageTable(stem, f"Evaluation: {evaluation.name}", tuple(columns), tuple(rows), note)
+
+
+def _num_questions(figures: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Every question has an exact match; an accuracy, as older evaluations have it alone, only one that was judged."""
+    return next((figures[key].get("n") for key in ("exact", "accuracy") if figures.get(key)), None)
 
 
 def _average(model: EvaluatedModel) -> Mapping[str, Mapping[str, Any]]:
