@@ -246,14 +246,13 @@ def _image_text(image: object) -> str:
 
 def _print(content: RenderableType) -> None:
     """Text as it is, without control characters and without being broken into lines; or a table."""
-    from rich.console import Console
-
+    from mrpo.telemetry.run_log import stdout_console
     from mrpo.telemetry.text import clean_text
 
     if isinstance(content, str):
         print(clean_text(content))
     else:
-        Console().print(content)
+        stdout_console().print(content)
 
 
 def _print_json(record: dict[str, object]) -> None:

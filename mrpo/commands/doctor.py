@@ -72,10 +72,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    from mrpo.telemetry.run_log import stdout_console
+
+    console = stdout_console()
+    console.soft_wrap = True
     width = max(len(check.name) for checks in diagnosis.values() for check in checks)
     for topic, checks in diagnosis.items():
         console.print(Text(topic, style="bold"))

@@ -119,20 +119,19 @@ def _evaluate(models: Sequence[ModelCompletions], config: Config, args: argparse
     """
     from contextlib import closing
 
-    from rich.console import Console
-
     from mrpo.assessment import Assessor
     from mrpo.assessment.content import build_content
     from mrpo.assessment.folder import read_content, remove_evaluation, write_content, write_traces
     from mrpo.judge.cache import VerdictCache
     from mrpo.report.eval_tables import write_tables
     from mrpo.telemetry import show_progress
+    from mrpo.telemetry.run_log import stderr_console
 
     earlier = read_content(args.out)
     folder = args.cache or config.judge.cache or args.out / "cache"
     cache = VerdictCache(folder) if config.judge.kind == "openai" else None
     args.out.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True, highlight=False)  # stdout is for the result
+    console = stderr_console()
     assessed = {}
     with closing(Assessor(config, cache)) as assessor:
         for model in models:

@@ -123,9 +123,17 @@ def stdout_console() -> Console:
     """A console on stdout: colours and cursor movement on a terminal alone, and no character that can stop a run."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    is_terminal = sys.stdout.isatty()
+    return _console(sys.stdout.isatty(), stderr=False)
+
+
+def stderr_console() -> Console:
+    """The same on stderr, for a command whose stdout is its result."""
+    return _console(sys.stderr.isatty(), stderr=True)
+
+
+def _console(is_terminal: bool, *, stderr: bool) -> Console:
     # Said outright, as rich takes a pipe for a terminal when FORCE_COLOR is set, as it is on many CI machines.
-    return Console(force_terminal=is_terminal, highlight=False, width=None if is_terminal else 120)
+    return Console(stderr=stderr, force_terminal=is_terminal, highlight=False, width=None if is_terminal else 120)
 
 
 def can_animate(console: Console) -> bool:

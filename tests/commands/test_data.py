@@ -79,6 +79,17 @@ def test_counts_of_a_small_set(slake: Path, tmp_path: Path, capsys: Capture) -> 
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["root"] == str(slake)
 
 
+def test_a_file_gets_a_plain_table_even_where_colour_is_forced(
+    slake: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["data", "prepare", "slake", "--root", str(slake), "--out", str(tmp_path / "out.jsonl")]) == 0
+    printed = capsys.readouterr().out
+    assert "train" in printed
+    assert "\x1b" not in printed
+
+
 def test_options_of_prepare(slake: Path, tmp_path: Path, capsys: Capture) -> None:
     gold = tmp_path / "gold" / "R-SLAKE" / "open-end"
     gold.mkdir(parents=True)

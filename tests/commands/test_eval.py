@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,15 @@ def test_json_goes_to_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert json.loads(printed) == json.loads((tmp_path / "out" / "eval.json").read_text())
     assert list(json.loads(printed)["models"]) == ["one"]
+
+
+def test_files_get_plain_lines_even_where_colour_is_forced(tmp_path: Path) -> None:
+    base = completions(tmp_path / "base.jsonl", "10")
+    command = [sys.executable, "-m", "mrpo.cli", "eval", str(base), "--out", str(tmp_path / "out"), *FAST]
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=True)
+    assert "judging base  2/2" in done.stderr
+    assert "\x1b" not in done.stderr + done.stdout
 
 
 def test_a_model_against_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

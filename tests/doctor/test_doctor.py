@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,15 @@ def test_the_default_configuration_can_run_here(tmp_path: Path, capsys: pytest.C
     assert "phantom: 20,000 training and 512 held-out questions" in printed
     assert "AdamW: 1.25 M x 8 B (two moments) = 10 MiB" in printed
     assert "missing" not in printed
+
+
+def test_a_file_gets_plain_whole_lines_even_where_colour_is_forced(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 40)
+    command = [sys.executable, "-m", "mrpo.cli", "doctor", f"output_dir={folder}"]
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert "\x1b" not in done.stdout
+    assert any(str(folder) in line for line in done.stdout.splitlines())
 
 
 def test_what_is_missing_ends_it_with_status_1(tmp_path: Path) -> None:
