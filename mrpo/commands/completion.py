@@ -38,7 +38,7 @@ _mrpo() {
     [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace
   elif [[ $values == FILES ]]; then
     compopt -o filenames
-    COMPREPLY=($(compgen -f -- "${word#*=}"))
+    mapfile -t COMPREPLY < <(compgen -f -- "${word#*=}")  # a line a file, as names may hold spaces
   else
     COMPREPLY=($(compgen -W "$values" -- "${word#*=}"))
   fi

@@ -35,7 +35,7 @@ def complete(script: Path, line: str, folder: Path | None = None) -> set[str]:
     given = words or line.split(" ")
     text = _ASK.format(script=script, line=shlex.quote(line), words=" ".join(map(shlex.quote, given)))
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=30, check=True, cwd=folder)
-    return set(done.stdout.split())
+    return set(filter(None, done.stdout.splitlines()))
 
 
 def test_bash_completes_commands_and_their_actions(bash_script: Path) -> None:
@@ -67,6 +67,13 @@ def test_bash_completes_files_and_folders(bash_script: Path, tmp_path: Path) -> 
     assert complete(bash_script, "mrpo train --config ru", tmp_path) == {"run.yaml", "runs"}
     assert complete(bash_script, "mrpo warm-start --out ru", tmp_path) == {"runs"}
     assert complete(bash_script, "mrpo train output_dir=ru", tmp_path) == {"run.yaml", "runs"}
+
+
+def test_bash_completes_a_name_with_a_space_as_one(bash_script: Path, tmp_path: Path) -> None:
+    (tmp_path / "run one *.yaml").touch()
+    (tmp_path / "run two").mkdir()
+    assert complete(bash_script, "mrpo train output_dir=ru", tmp_path) == {"run one *.yaml", "run two"}
+    assert complete(bash_script, "mrpo train output_dir=x", tmp_path) == set()
 
 
 def test_values_of_settings() -> None:
