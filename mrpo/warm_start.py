@@ -45,9 +45,10 @@ def make_warm_start(out: Path | None, train_command: Sequence[str]) -> Path:
     `train_command` is what `mrpo train` runs. About 12 minutes on one core.
 
     Raises:
-        UserError: a training run failed.
+        UserError: `out` cannot be written, which is tried first, or a training run failed.
     """
     target = Path(model_folder("phantom")) if out is None else out
+    _check_writable(target)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         build_tiny(folder / "random", seed=0)
@@ -63,6 +64,16 @@ def make_warm_start(out: Path | None, train_command: Sequence[str]) -> Path:
         _train(train_command, folder / "clean" / "policy", folder / "corrupted", corrupted)
         _write_bfloat16(folder / "corrupted" / "policy", target)
     return target
+
+
+def _check_writable(folder: Path) -> None:
+    """Makes `folder` and a file in it that goes again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder with --out") from None
 
 
 def _train(command: Sequence[str], start: Path, out: Path, overrides: Sequence[str]) -> None:
