@@ -45,8 +45,7 @@ def write_report(folders: Sequence[Path], out: Path, progress: Progress) -> Path
     An earlier report in `out` is replaced; other files beside it stay.
 
     Raises:
-        UserError: a folder or a file in it is not what it should be, `out` holds something else or a
-            source.
+        UserError: a folder or a file in it is not what it should be, or `out` holds a source or something else.
     """
     out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
