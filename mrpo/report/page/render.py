@@ -72,9 +72,9 @@ def _check_out(out: Path) -> None:
 
 
 def _check_apart(sources: Sources, out: Path) -> None:
-    for source in (*sources.runs, *sources.evaluations):
-        if source.folder.is_relative_to(out):
-            raise UserError(f"--out {out}: the source {source.folder} lies in it; name a folder apart from the sources")
+    for folder in [source.folder for source in sources.runs] + [source.folder for source in sources.evaluations]:
+        if folder.is_relative_to(out):
+            raise UserError(f"--out {out}: the source {folder} lies in it; name a folder apart from the sources")
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
