@@ -65,7 +65,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default: all ({', '.join(suite_names())})")
     parser.add_argument(
-        "--case", action="append", metavar="TEXT", help="only cases whose names hold this; may be given several times"
+        "--case",
+        action="append",
+        metavar="TEXT",
+        help="only cases whose names hold this; may be given several times (rollout on a GPU: what its ways do next, too)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     parser.add_argument("--fresh", action="store_true", help="measure again what a run before has finished")
@@ -102,6 +105,8 @@ def run_suite(name: str, out: Path, console: Console, options: argparse.Namespac
     store.keep(list(cases))
     if options.case:
         cases = {key: case for key, case in cases.items() if any(text in case.name for text in options.case)}
+        if not cases:
+            sys.exit(f"{name}: no case has {' or '.join(map(repr, options.case))} in its name")
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=len(cases))

@@ -75,7 +75,7 @@ def make_efficient(model: Any, config: Config, runtime: Runtime) -> Efficiency:
         compile_layers(model, vision=compiles_vision(config, on_gpu=on_gpu) and serves_segments())
     if config.update.checkpointing == "auto" and on_gpu:
         free = min(runtime.gather_objects(free_memory(model, runtime.device)))
-        _, card = torch.cuda.mem_get_info(runtime.device)
+        card = min(runtime.gather_objects(torch.cuda.mem_get_info(runtime.device)[1]))  # all must choose the same
         config = _with_checkpointing(config, choose_checkpointing(config, model, runtime.world_size, free, card))
     count = checkpointed_layers(config, len(layers), on_gpu=False)
     vision = checkpoints_all(config, on_gpu=False) and any(p.requires_grad for p in _vision_parameters(model))

@@ -112,7 +112,7 @@ def _surface_spans(tokens: Sequence[str], text: str) -> TokenSpans | None:
 
 
 def _prefix_spans(token_ids: Sequence[int], tokenizer: Any, text: str) -> TokenSpans:
-    """Lazy, since only the tokens at the ends of steps are asked for and each answer costs a decode."""
+    """Lazy, since only the ends of steps are asked for: an answer costs a decode, amid byte tokens one for each."""
 
     @cache
     def prefix(count: int) -> str:

@@ -50,7 +50,7 @@ def shown_picture(image: Picture) -> Image.Image:
 
 
 def shown_size(image: Picture) -> tuple[int, int]:
-    """(width, height) of `shown_picture(image)`; of a file only what stands beside its pixels is read.
+    """(width, height) of `shown_picture(image)`; a file's pixels are decoded only as `open_image` says.
 
     Raises:
         OSError: a file is missing or is not an image.

@@ -32,7 +32,7 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def image_sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of the images as they are shown; no pixel of a file is decoded.
+        """(width, height) of the images as they are shown; a file's pixels are decoded only as `open_image` says.
 
         Raises:
             OSError: a file is missing or is not an image.

@@ -66,8 +66,9 @@ class Runtime:
             runtime = cls(dist.get_rank(), dist.get_world_size(), device, group)
             runtime.barrier()
         except RuntimeError as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"the processes of the run cannot reach each other ({str(error).strip().splitlines()[0]}); check "
+                f"the processes of the run cannot reach each other ({reason}); check "
                 f"MASTER_ADDR={os.environ['MASTER_ADDR']} and MASTER_PORT={os.environ['MASTER_PORT']}, and where "
                 "hosts have several network interfaces name theirs in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             ) from error

@@ -78,10 +78,10 @@ def when(event: str) -> Callable[[Recorder], bool]:
     return lambda recorder: event in recorder.events
 
 
-@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("every", [0, 1, 2, 3])
 def test_the_last_step_is_saved_after_the_policy_is_exported(every: int) -> None:
-    saved = ["save 2"] if every else []
-    steps = ["log 1", "log 2", *saved, "log 3"]
+    saves = {step: [f"save {step}"] for step in (1, 2) if every and step % every == 0}
+    steps = ["log 1", *saves.get(1, []), "log 2", *saves.get(2, []), "log 3"]
     assert alone(never, f"checkpoint.every={every}") == (True, [*steps, "export policy", "save 3"])
 
 

@@ -20,9 +20,10 @@ from mrpo.rewards.bertscore import BertScore
 from mrpo.rewards.symbolic import same_quantity
 
 # Numbers stay whole, with sign and relation: "<3.5" shares no word with ">3.5" or "5.3". A hyphen behind a word, as in
-# "CA-125" or "2-3 cm", is no sign (a combining accent is no word character to re). Han and Kana are single words.
+# "CA-125" or "2-3 cm", is no sign (re takes combining accents, degrees and primes for no part of it). Han and Kana are
+# single words.
 _WORD = re.compile(
-    r"(?:(?<![\w\u0300-\u036f%)\]])[-+]|[<>≤≥~])?\d+(?:[.,]\d+)*%?"
+    r"(?:(?<![\w\u0300-\u036f%\u00b0\u2032\u2033)\]])[-+]|[<>≤≥~])?\d+(?:[.,]\d+)*%?"
     r"|[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+"
 )
 

@@ -189,6 +189,9 @@ def test_cases_may_be_chosen_and_the_others_keep_their_results(folder: Path) -> 
     assert measured(folder) == [1, 0, 2]
     cases = json.loads((folder.parent / "out" / "toy.json").read_text())["cases"]
     assert {case["name"] for case in cases} == {"case 0", "case 1", "case 2"}
+    none = run(folder, "--case", "nosuch", "--out", "out")
+    assert none.returncode == 1
+    assert none.stderr == "toy: no case has 'nosuch' in its name\n"
 
 
 @pytest.mark.parametrize(("failure", "again"), [("step took longer than 9 s", True), ("out of memory", False)])
