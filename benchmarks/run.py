@@ -68,7 +68,7 @@ def _options() -> argparse.Namespace:
         "--case",
         action="append",
         metavar="TEXT",
-        help="only cases whose names hold this; may be given several times (rollout on a GPU: what its ways do next, too)",
+        help="only cases whose names hold this, once or several times (rollout on a GPU: what its ways do next, too)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     parser.add_argument("--fresh", action="store_true", help="measure again what a run before has finished")
