@@ -45,12 +45,12 @@ class Measured:
 
 
 # What failures say that another try may be spared: a command cut short, memory that another process held, a package.
-_PASSING = ("took longer than", "the process ended", "Free memory on device", "ModuleNotFoundError", "ImportError")
+_TRANSIENT = ("took longer than", "the process ended", "Free memory on device", "ModuleNotFoundError", "ImportError")
 
 
-def is_passing(failure: str | None) -> bool:
+def is_transient(failure: str | None) -> bool:
     """Whether another try may succeed."""
-    return failure is not None and any(text in failure for text in _PASSING)
+    return failure is not None and any(text in failure for text in _TRANSIENT)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
 
 
 def _is_finished(record: Mapping[str, Any]) -> bool:
-    return not record["failure"] and not any(is_passing(one["failure"]) for one in record["measured"])
+    return not record["failure"] and not any(is_transient(one["failure"]) for one in record["measured"])
 
 
 def _result(record: Mapping[str, Any]) -> Result:

@@ -20,7 +20,7 @@ from typing import Any
 import harness
 import torch
 from model_folders import make_folder
-from results import Measured, is_passing
+from results import Measured, is_transient
 from rollout_checks import ERROR, GREEDY_ERROR, STALE, SYNCED
 from rollout_setting import COLD, REFERENCE, TRL, WITH_VLLM, Setting
 from way_process import QUIET, FailedError, Pool, Script, WayProcess
@@ -108,7 +108,7 @@ class Driver:
                     if name in one.ways:
                         self._measure(one, [name], skip)
             self._pool.close()
-            if not any(is_passing(self._found[job.name, name].failure) for name in job.ways):
+            if not any(is_transient(self._found[job.name, name].failure) for name in job.ways):
                 # A case that is finished is kept elsewhere.
                 shutil.rmtree(self._kept / self._key(job), ignore_errors=True)
         return [self._found[job.name, name].as_measured() for name in job.ways]

@@ -26,6 +26,8 @@ from mrpo.trainer import Trainer
 
 # As rollout.gpu_memory: the engine's share, beside weights that the trainer holds as well.
 GPU_MEMORY = 0.35
+# The longest sequence of any case: vLLM compiles anew for each limit.
+LONGEST_SEQUENCE = LONGEST_PROMPT + 640
 
 
 def make_config(setting: Setting, *, ahead: bool, algorithm: str, folder: Path) -> Config:
@@ -48,8 +50,7 @@ def make_config(setting: Setting, *, ahead: bool, algorithm: str, folder: Path) 
             "gpu_memory": GPU_MEMORY,
             # As TRL's engine: with adapters alone both models and the update fit beside one that stays awake.
             "sleep_level": 0 if setting.lora else 2,
-            # One size for all cases: vLLM compiles for each anew.
-            "engine_options": {"max_num_seqs": 256, "max_model_len": LONGEST_PROMPT + 640} if on_gpu else {},
+            "engine_options": {"max_num_seqs": 256, "max_model_len": LONGEST_SEQUENCE} if on_gpu else {},
         },
         "optim": {
             "batch_size": setting.samples,

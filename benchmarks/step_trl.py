@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from model_folders import LONGEST_PROMPT, examples
-from step_ours import GPU_MEMORY, make_config
+from model_folders import examples
+from step_ours import GPU_MEMORY, LONGEST_SEQUENCE, make_config
 from step_setting import FROZEN, GRPO, LORA_RANK, MICRO_BATCH, Setting
 from step_way import CountingScorer, Sampled, compared_names, compared_part, plain_name, same_adapters
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin, TrainerCallback
@@ -249,7 +249,7 @@ def trl_config(setting: Setting, own: Processor, folder: Path) -> GRPOConfig:
             "use_vllm": True,
             "vllm_mode": "colocate",
             "vllm_gpu_memory_utilization": GPU_MEMORY,
-            "vllm_max_model_length": LONGEST_PROMPT + 640,
+            "vllm_max_model_length": LONGEST_SEQUENCE,
             "vllm_enable_sleep_mode": not setting.lora,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
         }

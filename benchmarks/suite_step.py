@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import harness
 import step_plots
 import torch
-from results import Case, Measured, Result, digest_of, is_passing, load_suite, write_whole
+from results import Case, Measured, Result, digest_of, is_transient, load_suite, write_whole
 from step_checks import check_counts, draw_completions, gradient_error, mean, median_interval, merge
 from step_driver import JudgeProcess
 from step_setting import AHEAD, GRPO, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL, Setting
@@ -211,7 +211,7 @@ def _run(setting: Setting, ways: Sequence[str], turns: int, skip: Mapping[str, s
     case = _Case(made, setting, turns)
     for names in together:
         case.measure([found[name] for name in names])
-    if not any(is_passing(way.failure) for way in found.values()):
+    if not any(is_transient(way.failure) for way in found.values()):
         case.forget()
     return [found[name].as_measured() for name in sorted(ways, key=_order)]
 

@@ -6,62 +6,20 @@ wait or fence shows. What a GPU alone can show is in test_policy_loss_gpu.py.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import shutil
 import subprocess
-import sysconfig
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from emulated_rows import DTYPES, assert_close, compiled, exact, full_case, poisoned, rounding, strided
 from loss_cases import Case, random_case, relative_error
 
-from mrpo.kernels import SegmentedAdvantages, reference
+from mrpo.kernels import SegmentedAdvantages
 from mrpo.kernels.dispatch import extension, implementation_of, use
 from mrpo.kernels.policy_loss_cpp import kernel_arguments
 from mrpo.kernels.records import LossConfig, RowInputs, RowOutputs
-
-HERE, CSRC = Path(__file__).parent / "cuda_emulation", Path(__file__).parents[2] / "csrc"
-EMULATED = set(HERE.iterdir())
-SOURCES = EMULATED | {path for path in CSRC.iterdir() if path.name != "cuda_primitives.cuh"}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def compiled(folder: Path, source: str, output: str, *options: str) -> Path:
-    """Compiles a source of the emulation against csrc/, unless the same was compiled there before."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    contents = b"".join(path.read_bytes() for path in sorted(SOURCES))
-    target = folder / hashlib.sha256(contents + repr(options).encode()).hexdigest()[:16] / output
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        for path in SOURCES:  # side by side: a header's own folder is searched first
-            shutil.copy(path, target.parent)
-        command = [compiler, "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", *options, "-o", str(target)]
-        done = subprocess.run([*command, str(target.parent / source)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    return target
-
-
-@pytest.fixture(scope="session")
-def kernels(pytestconfig: pytest.Config) -> ModuleType:
-    """The emulated kernels as a module."""
-    pybind11 = pytest.importorskip("pybind11")
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    folder = pytestconfig.cache.mkdir("cuda_emulation")
-    options = ("-O1", "-fPIC", "-shared", "-fvisibility=hidden", *includes)
-    path = compiled(folder, "emulated_kernels.cpp", "emulated_kernels.so", *options)
-    spec = importlib.util.spec_from_file_location("emulated_kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)
@@ -97,20 +55,6 @@ def run(
     return outputs
 
 
-def poisoned(logits: torch.Tensor, gradient: str, entropy: bool) -> RowOutputs:
-    """Memory for what a kernel writes, full of NaN and nonsense; a new gradient is laid out like the logits."""
-
-    def fresh(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full((len(logits),), True if dtype == torch.bool else torch.nan, dtype=dtype)
-
-    dlogits = {
-        "none": None,
-        "inplace": logits,
-        "new": strided(torch.full_like(logits, torch.nan), *layout_of(logits)),
-    }[gradient]
-    return RowOutputs(fresh(), fresh(), fresh(torch.bool), fresh(), fresh() if entropy else None, dlogits)
-
-
 def call(
     kernels: ModuleType,
     logits: torch.Tensor,
@@ -133,63 +77,11 @@ def call(
     )
 
 
-def exact(case: Case, config: LossConfig) -> RowOutputs:
-    """The same by the definition in fp64."""
-    case = case.to("cpu", torch.float64)
-    return reference.loss_rows(case.logits, RowInputs(case.targets, **case.others), config, True, "new")
-
-
-def assert_close(found: RowOutputs, truth: RowOutputs, gradient_error: float) -> None:
-    for name in ("losses", "logprobs", "kl"):
-        torch.testing.assert_close(getattr(found, name).double(), getattr(truth, name), rtol=2e-5, atol=2e-6)
-    assert torch.equal(found.clipped, truth.clipped)
-    if found.entropy is not None:
-        torch.testing.assert_close(found.entropy.double(), truth.entropy, rtol=1e-5, atol=1e-5)
-    if found.dlogits is not None:
-        assert truth.dlogits is not None
-        assert found.dlogits.isfinite().all()
-        if truth.dlogits.any():
-            assert relative_error(found.dlogits, truth.dlogits) < gradient_error
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """How far a gradient may be from fp64, of the norm."""
-    return max(1e-5, torch.finfo(dtype).eps / 2)
-
-
-def strided(logits: torch.Tensor, offset: int, padding: int) -> torch.Tensor:
-    """The same values, rows `padding` further apart, `offset` elements behind a multiple of 16 bytes."""
-    rows, vocab = logits.shape
-    memory = torch.full((offset + rows * (vocab + padding),), 7.0, dtype=logits.dtype)
-    view = memory[offset:].view(rows, vocab + padding)[:, :vocab]
-    return view.copy_(logits)
-
-
-def layout_of(logits: torch.Tensor) -> tuple[int, int]:
-    """The offset and padding of `strided`."""
-    return logits.data_ptr() % 16 // logits.element_size(), max(logits.stride(0) - logits.shape[1], 0)
-
-
 OPTIONS = [
     LossConfig(),
     LossConfig(epsilon_low=0.1, epsilon_high=0.3, beta=0.04, temperature=0.7),
     LossConfig(beta=1.0, temperature=1.5, importance_cap=1.2),
 ]
-
-
-def full_case(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Case:
-    """With everything that a loss can depend on: segments, a sampler, rows of weight 0 and of advantage 0."""
-    case = random_case(rows, vocab, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    assert case.old_logprobs is not None
-    ends = torch.tensor([rows // 4, rows // 4, rows // 2, rows])
-    return replace(
-        case,
-        logits=case.logits.to(dtype),
-        advantages=SegmentedAdvantages(ends, torch.tensor([1.0, 5.0, -2.0, 0.5])),
-        weights=case.weights.masked_fill(torch.arange(rows) % 5 == 2, 0.0),
-        sampler_logprobs=case.old_logprobs + 0.3 * torch.randn(rows, generator=generator),
-    )
 
 
 @pytest.mark.parametrize("config", OPTIONS, ids=["plain", "temperature", "kl"])
@@ -370,52 +262,6 @@ def test_gradients_that_begin_elsewhere_take_the_plain_kernel(kernels: ModuleTyp
     elsewhere = replace(outputs, dlogits=torch.empty(5, 1001))
     call(kernels, padded, inputs, LossConfig(), elsewhere, PLAIN, seed=0, haste=0.1)
     assert_close(elsewhere, exact(case, LossConfig()), 1e-5)
-
-
-def launched(
-    kernels: ModuleType, case: Case, *, entropy: bool = False, dlogits: torch.Tensor | None = None, **options: Any
-) -> int:
-    """A call as the trainer makes it, whose results must be right; the blocks of its clusters, 0: the plain kernel."""
-    outputs = poisoned(case.logits, "new", entropy)
-    outputs = outputs if dlogits is None else replace(outputs, dlogits=dlogits)
-    arguments = kernel_arguments(case.logits, RowInputs(case.targets, **case.others), LossConfig(), outputs)
-    dtype = str(case.logits.dtype).removeprefix("torch.")
-    blocks = kernels.launch_kernel(dtype=dtype, **options, **arguments)
-    assert_close(outputs, exact(case, LossConfig()), rounding(case.logits.dtype))
-    return blocks
-
-
-@pytest.mark.parametrize("sizes", [(9, 9, 9), (9, 4, 9), (4, 9, 4)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_and_shapes_may_follow_each_other(
-    kernels: ModuleType, dtype: torch.dtype, sizes: tuple[int, ...]
-) -> None:
-    """What one call asks of the device holds for every kernel and must not stand in the way of the next call."""
-    case = full_case(3, 1001, dtype)
-    warps = {torch.float32: 3, torch.bfloat16: 4, torch.float16: 5}[dtype]  # shapes that no other test has asked for
-    for entropy in (False, True):
-        for size in sizes:
-            cluster = (2, warps, size)
-            assert (kernels.shared_bytes(*cluster) > 48 << 10) == (size > 4)
-            assert launched(kernels, case, entropy=entropy, cluster=cluster, clusters=2) == 2
-
-
-def test_the_device_and_the_rows_decide_which_kernel_runs(kernels: ModuleType) -> None:
-    case = full_case(4, 1003, torch.float32)
-    assert launched(kernels, case) == kernels.cluster_shape(4 * 1003, 232_448)[0] > 0
-    assert launched(kernels, case, cluster=(4, 1, 4)) == 4
-    assert launched(kernels, case, device=1) == 0  # before Hopper
-    assert launched(kernels, case, cluster=(0, 0, 0)) == 0
-    assert launched(kernels, case, dlogits=strided(case.logits, 1, 0)) == 0  # aligned otherwise
-    long = full_case(2, 500_001, torch.float32)
-    assert launched(kernels, long) == 0  # no cluster holds a row
-
-
-def test_what_cannot_be_launched_is_told(kernels: ModuleType) -> None:
-    case = full_case(4, 9001, torch.float32)
-    for cluster in [(1, 1, 2), (16, 1, 8), (1, 8, 1000)]:  # too few slots, too large a cluster, too much memory
-        with pytest.raises(RuntimeError, match="invalid"):
-            launched(kernels, case, cluster=cluster)
 
 
 def test_no_two_threads_race(pytestconfig: pytest.Config) -> None:
