@@ -1,10 +1,10 @@
 """The paper's effect in miniature: base, SFT, GRPO, GDPO and MRPO on phantom scans, with ablations of MRPO.
 
-Same warm starts, same prompts in the same order (SFT: a question for every target), same number of steps; a learning
-rate for each method, found on validation questions with the same budget. Every arm is measured once, on test questions
-that nothing was chosen by. What the runs leave (answers to every question, with the judge's word on every step) is kept
-in runs/study or runs/study-quick: a broken run goes on there, tables and figures are made from it, and removing it
-starts over. MRPO_STUDY_DIR names another folder.
+Same warm starts, same prompts in the same order (SFT on as many questions, and on one for every completion of the
+others), same number of steps; a learning rate for each method, found on validation questions with the same budget.
+Every arm is measured once, on test questions that nothing was chosen by. What the runs leave (answers to every
+question, with the judge's word on every step) is kept in runs/study or runs/study-quick: a broken run goes on there,
+tables and figures are made from it, and removing it starts over. MRPO_STUDY_DIR names another folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from study.experiment import Experiment, stages
 from study.figures import draw_accumulation, draw_accuracy, draw_differences, draw_incorrect, draw_learning, draw_stages
 from study.jobs import Job, run_jobs
 from study.learning import CURVES, learning_difference, mean_curve, windows
-from study.plan import ABLATIONS, BASE, METHODS, Plan
+from study.plan import ABLATIONS, BASE, METHODS, SAMPLING, Plan
 from study.statistics import BINS, METRICS, Difference, differences, estimates, tabulate
 from tables import Table
 
@@ -34,18 +34,16 @@ from mrpo.report.page.paper import METHODS as PAPER_METHODS
 SOURCES = ("benchmarks/study",)
 TARGETS = ()
 FULL = Plan(
-    warm_starts=3, seeds=3, ablation_seeds=1, steps=40, perceive=100, err=60, questions=1000, shifted_questions=1000,
+    cells=8, ablation_cells=3, steps=40, perceive=100, err=60, questions=1000, shifted_questions=1000,
     sampled=2, tuning_questions=500, rates=(5e-5, 1e-4, 2e-4), credit_prompts=96, continuations=8,
 )  # fmt: skip
 QUICK = Plan(
-    warm_starts=1, seeds=2, ablation_seeds=1, steps=12, perceive=60, err=40, questions=300, shifted_questions=200,
+    cells=2, ablation_cells=1, steps=12, perceive=60, err=40, questions=300, shifted_questions=200,
     sampled=1, tuning_questions=100, rates=(1e-4,), credit_prompts=8, continuations=4, held_out="validation",
     ablations=ABLATIONS[1:3],
 )  # fmt: skip
 PLANS = {"full": FULL, "quick": QUICK}
 ARMS = (BASE, *(arm.name for arm in METHODS))
-# Those that learn from completions of their own.
-SAMPLING = tuple(arm.name for arm in METHODS if arm.name != "SFT")
 # What the ablations are told apart by.
 _TOLD_APART = {"accuracy": "Accuracy", "early_of_all": "Early failures", "fully_valid": "Fully valid chains"}
 
@@ -139,7 +137,7 @@ def _summary(result: Result) -> Table:
     ]
     plan = PLANS[result.settings["size"]]
     note = (
-        f"Percent, 95 % intervals over cells and questions; {plan.warm_starts} x {plan.seeds} warm starts and seeds; "
+        f"Percent, 95 % intervals over cells and questions; {plan.cells} warm starts, each with a seed of its own; "
         f"{plan.steps} steps of 128 completions; {plan.questions} test, {plan.shifted_questions} shifted questions."
     )
     header = ["", "accuracy", "accuracy, shifted", *(names[key] for key in keys)]
@@ -192,7 +190,7 @@ def _paired(experiment: Experiment, question_set: str) -> Table:
     if question_set == "test":
         keys = ["accuracy", "accuracy_sampled", *keys[1:4], "early_sampled", *keys[4:]]
     tables = {arm: tabulate(experiment.samples(arm, question_set), METRICS) for arm in _finished(experiment)}
-    pairs = [("MRPO", arm) for arm in (BASE, "SFT", "GRPO", "GDPO")]
+    pairs = [("MRPO", arm) for arm in (BASE, "SFT", "SFT, 16 a step", "GRPO", "GDPO")]
     pairs += [("telescoped", arm) for arm in ("GRPO", "GDPO", "MRPO")]
     rows = []
     for ours, arm in pairs:
@@ -240,7 +238,7 @@ def _learning(experiment: Experiment) -> list[Table]:
     found = _learning_table(experiment, "While ablations learn", "MRPO", ablations, ("answer/symbolic",))
     steps = _learning_table(experiment, "", "MRPO", judged, ("failures/early",))
     tables = [
-        _learning_table(experiment, "While they learn", "GRPO", SAMPLING, tuple(CURVES)),
+        _learning_table(experiment, "While they learn", "GRPO", [arm.name for arm in SAMPLING], tuple(CURVES)),
         replace(found, rows=[*found.rows, *steps.rows]),
     ]
     return [replace(table, note=note) for table in tables if table.rows]
@@ -271,7 +269,7 @@ def _learning_table(
 def _by_cell(experiment: Experiment) -> Table:
     """Accuracy and early failures of every run: nothing is averaged away."""
     rows = []
-    cells = [cell.name for cell in experiment.plan.cells]
+    cells = list(experiment.samples(BASE, "test"))
     for arm in _finished(experiment):
         table = tabulate(experiment.samples(arm, "test"), METRICS)
         keys = [metric.key for metric in METRICS]
@@ -356,7 +354,7 @@ def _plots(experiment: Experiment, out: Path) -> list[Path]:
         name: {arm: estimates(tabulate(experiment.samples(arm, "test"), BINS[name])) for arm in arms} for name in BINS
     }
     curves = {
-        title.capitalize(): {arm: mean_curve(found) for arm in SAMPLING if (found := experiment.curves(arm, key))}
+        title.capitalize(): {a.name: mean_curve(found) for a in SAMPLING if (found := experiment.curves(a.name, key))}
         for key, title in CURVES.items()
     }
     return [

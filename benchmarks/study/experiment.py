@@ -10,7 +10,7 @@ from study.credit import Part, read_parts
 from study.jobs import PARTS, POLICY, SAMPLES, CreditJob, Job, QuestionSet, RunJob
 from study.learning import read_curve
 from study.measuring import Sample, read_samples
-from study.plan import ABLATIONS, BASE, CREDITED, METHODS, Arm, Cell, Plan
+from study.plan import ABLATIONS, BASE, CREDITED, METHODS, SAMPLING, Arm, Plan
 
 # SFT of the warm starts: what `mrpo warm-start` uses, on harder pictures.
 _SFT = (
@@ -24,10 +24,11 @@ _SFT = (
     "optim.warmup_steps=10",
 )
 PERCEPTION_RATE, ERROR_RATE, CORRUPTION = 5e-4, 3e-4, 0.6
-# Seeds of tuning runs; those of cells count from 0.
-_TUNING_SEED = 1000
-# Of the final questions: no pilot, no tuning and no other run of this project has seen these.
-_TEST_SEED = 2
+# Far from each other, and from those of the first study and of pilots: no warm start sees its questions in the order of
+# a run, and no run repeats an earlier one.
+_CELL_SEED, _TUNING_SEED, _WARM_SEED = 100, 1000, 20_000
+# Of the final questions: no pilot, no tuning and no earlier study has seen these.
+_TEST_SEED = 3
 METRICS_FILE = "metrics.jsonl"  # what a training run says of its steps
 
 
@@ -40,20 +41,19 @@ class Experiment:
 
     def perception_jobs(self) -> list[RunJob]:
         """Every warm start first learns the hard pictures from true rationales, from the shipped policy."""
-        return [
-            self._warm(w, "perceive", "phantom", self.plan.perceive, PERCEPTION_RATE, 0.0) for w in self._warm_starts
-        ]
+        return [self._warm(c, "perceive", "phantom", self.plan.perceive, PERCEPTION_RATE, 0.0) for c in self._cells]
 
     def error_jobs(self) -> list[RunJob]:
         """Then, briefly, from those of a reader who misreads the scene."""
         return [
-            self._warm(w, "err", str(self.folder / f"w{w}-perceive" / POLICY), self.plan.err, ERROR_RATE, CORRUPTION)
-            for w in self._warm_starts
+            self._warm(c, "err", str(self._warm_folder(c, "perceive") / POLICY), self.plan.err, ERROR_RATE, CORRUPTION)
+            for c in self._cells
         ]
 
     def base_jobs(self) -> list[RunJob]:
         return [
-            RunJob(f"{BASE} w{w}", self._base(w), self._start(w), None, self._test_sets()) for w in self._warm_starts
+            RunJob(_job_name(BASE, c), self._folder(BASE, c), self._start(c), None, (self._test(), self._shifted()))
+            for c in self._cells
         ]
 
     def tuning_jobs(self) -> list[RunJob]:
@@ -61,22 +61,24 @@ class Experiment:
         if len(self.plan.rates) == 1:
             return []
         return [
-            self._job(arm, Cell(0, _TUNING_SEED), rate, self._tuning_folder(arm, rate), self._validation())
+            self._job(arm, 0, _TUNING_SEED, rate, self._tuning_folder(arm, rate), self._validation())
             for arm in METHODS
             for rate in self.plan.rates
         ]
 
     def credit_jobs(self) -> list[CreditJob]:
         """On the first warm start, what the shaping of each arm has to do with the effects of steps."""
-        arms = (*METHODS[1:], *(arm for arm in ABLATIONS if arm.name in CREDITED))
-        folder = self.folder / "credit"
-        return [CreditJob("credit", folder, self._start(0), arms, self.plan.credit_prompts, self.plan.continuations)]
+        arms = (*SAMPLING, *(arm for arm in ABLATIONS if arm.name in CREDITED))
+        name, folder, plan = _job_name("credit", 0), self.folder / "credit", self.plan
+        return [CreditJob(name, folder, self._start(0), arms, plan.credit_prompts, plan.continuations)]
 
     def method_jobs(self, rates: Mapping[str, float]) -> list[RunJob]:
-        return [self._arm_job(arm, cell, rates) for cell in self.plan.cells for arm in METHODS]
+        sets = (self._test(), self._shifted())
+        return [self._arm_job(arm, cell, rates, sets) for cell in self._cells for arm in METHODS]
 
     def ablation_jobs(self, rates: Mapping[str, float]) -> list[RunJob]:
-        return [self._arm_job(arm, cell, rates) for arm in self.plan.ablations for cell in self.plan.ablation_cells]
+        cells = self._cells[: self.plan.ablation_cells]
+        return [self._arm_job(arm, cell, rates, (self._test(),)) for arm in self.plan.ablations for cell in cells]
 
     def tuned(self) -> dict[str, dict[float, float]]:
         """By method and rate, the accuracy over all completions of the tuning runs that are finished."""
@@ -96,13 +98,12 @@ class Experiment:
 
     def samples(self, arm: str, question_set: str) -> dict[str, list[Sample]]:
         """By cell, the completions of an arm (`base`: those of the cell's warm start)."""
-        folders = {c.name: self._base(c.warm_start) if arm == BASE else self._folder(arm, c) for c in self.plan.cells}
-        read = {cell: self._read(folder).get(question_set, []) for cell, folder in folders.items()}
+        read = {_cell_name(c): self._read(self._folder(arm, c)).get(question_set, []) for c in self._cells}
         return {cell: samples for cell, samples in read.items() if samples}
 
     def curves(self, arm: str, key: str) -> dict[str, list[float]]:
         """By cell, a metric of every training step; of the cells whose run is finished."""
-        folders = {cell.name: self._folder(arm, cell) for cell in self.plan.cells}
+        folders = {_cell_name(cell): self._folder(arm, cell) for cell in self._cells}
         return {
             cell: read_curve(folder / METRICS_FILE, key)
             for cell, folder in folders.items()
@@ -115,42 +116,41 @@ class Experiment:
         return read_parts(path) if path.is_file() else ([], [])
 
     @property
-    def _warm_starts(self) -> range:
-        return range(self.plan.warm_starts)
+    def _cells(self) -> range:
+        return range(self.plan.cells)
 
-    def _warm(self, number: int, stage: str, start: str, steps: int, rate: float, corruption: float) -> RunJob:
+    def _warm(self, cell: int, stage: str, start: str, steps: int, rate: float, corruption: float) -> RunJob:
         overrides = (
             *_SFT,
             f"optim.steps={steps}",
             f"optim.lr={rate}",
             f"data.corruption={corruption}",
-            # Seeds far from those of the cells: no warm start sees its questions in the order of a run.
-            f"seed={10_000 + 2 * number + (stage == 'err')}",
+            f"seed={_WARM_SEED + 2 * cell + (stage == 'err')}",
         )
-        folder = self.folder / f"w{number}-{stage}"
-        return RunJob(f"{stage} w{number}", folder, start, overrides, self._validation(), keep_policy=True)
+        folder = self._warm_folder(cell, stage)
+        return RunJob(_job_name(stage, cell), folder, start, overrides, self._validation(), keep_policy=True)
 
-    def _start(self, number: int) -> str:
-        return str(self.folder / f"w{number}-err" / POLICY)
+    def _start(self, cell: int) -> str:
+        return str(self._warm_folder(cell, "err") / POLICY)
 
-    def _arm_job(self, arm: Arm, cell: Cell, rates: Mapping[str, float]) -> RunJob:
-        return self._job(arm, cell, rates[arm.method], self._folder(arm.name, cell), self._test_sets())
+    def _arm_job(self, arm: Arm, cell: int, rates: Mapping[str, float], sets: tuple[QuestionSet, ...]) -> RunJob:
+        return self._job(arm, cell, _CELL_SEED + cell, rates[arm.method], self._folder(arm.name, cell), sets)
 
-    def _job(self, arm: Arm, cell: Cell, rate: float, folder: Path, sets: tuple[QuestionSet, ...]) -> RunJob:
+    def _job(self, arm: Arm, cell: int, seed: int, rate: float, folder: Path, sets: tuple[QuestionSet, ...]) -> RunJob:
         overrides = (
             *arm.overrides,
             f"optim.steps={self.plan.steps}",
             f"optim.lr={rate}",
-            f"seed={cell.seed}",
+            f"seed={seed}",
         )
-        name = f"{arm.name} {cell.name}"
-        return RunJob(name, folder, self._start(cell.warm_start), overrides, sets, arm.flipped, arm.missing)
+        name = _job_name(arm.name, cell)
+        return RunJob(name, folder, self._start(cell), overrides, sets, arm.flipped, arm.missing)
 
-    def _folder(self, arm: str, cell: Cell) -> Path:
-        return self.folder / "runs" / f"{_slug(arm)}-{cell.name}"
+    def _folder(self, arm: str, cell: int) -> Path:
+        return self.folder / "runs" / f"{_slug(arm)}-{_cell_name(cell)}"
 
-    def _base(self, number: int) -> Path:
-        return self.folder / f"w{number}-{BASE}"
+    def _warm_folder(self, cell: int, stage: str) -> Path:
+        return self.folder / "warm-starts" / f"{_cell_name(cell)}-{stage}"
 
     def _tuning_folder(self, arm: Arm, rate: float) -> Path:
         return self.folder / "tuning" / f"{_slug(arm.name)}-{rate:g}"
@@ -158,11 +158,11 @@ class Experiment:
     def _validation(self) -> tuple[QuestionSet, ...]:
         return (QuestionSet("validation", "validation", "hard", self.plan.tuning_questions, self.plan.sampled),)
 
-    def _test_sets(self) -> tuple[QuestionSet, ...]:
-        return (
-            QuestionSet("test", self.plan.held_out, "hard", self.plan.questions, self.plan.sampled, _TEST_SEED),
-            QuestionSet("shifted", self.plan.held_out, "shifted", self.plan.shifted_questions, 0, _TEST_SEED),
-        )
+    def _test(self) -> QuestionSet:
+        return QuestionSet("test", self.plan.held_out, "hard", self.plan.questions, self.plan.sampled, _TEST_SEED)
+
+    def _shifted(self) -> QuestionSet:
+        return QuestionSet("shifted", self.plan.held_out, "shifted", self.plan.shifted_questions, 0, _TEST_SEED)
 
     def _read(self, folder: Path) -> dict[str, list[Sample]]:
         path = folder / SAMPLES
@@ -174,10 +174,19 @@ def stages(experiment: Experiment) -> Iterator[tuple[str, Sequence[Job]]]:
     yield "perception", experiment.perception_jobs()
     yield "errors", experiment.error_jobs()
     yield "start policies", experiment.base_jobs()
-    yield "credit", experiment.credit_jobs()
-    yield "tuning", experiment.tuning_jobs()
+    # Together: one credit job alone would leave the other cores idle.
+    yield "credit and tuning", [*experiment.credit_jobs(), *experiment.tuning_jobs()]
     yield "methods", experiment.method_jobs(experiment.rates())
     yield "ablations", experiment.ablation_jobs(experiment.rates())
+
+
+def _cell_name(cell: int) -> str:
+    """Cells are counted from 1 where people read of them."""
+    return f"c{cell + 1}"
+
+
+def _job_name(what: str, cell: int) -> str:
+    return f"{what} {_cell_name(cell)}"
 
 
 def _slug(name: str) -> str:

@@ -21,6 +21,7 @@ from mrpo.report.style import BLUE, GREEN, MUTED, ORANGE, PURPLE, RED, figure_st
 COLORS = {
     "base": "#9aa1ad",
     "SFT": PURPLE,
+    "SFT, 16 a step": "#c3a6dc",
     "GRPO": BLUE,
     "GDPO": GREEN,
     "MRPO": ORANGE,

@@ -35,11 +35,15 @@ def _telescoped(name: str, *overrides: str, **judge: Any) -> Arm:
 BASE = "base"
 METHODS: tuple[Arm, ...] = (
     Arm("SFT", ("algorithm=sft",)),
+    # As many questions as the methods below see, and the same: theirs are 16 with 8 completions each.
+    Arm("SFT, 16 a step", ("algorithm=sft", "optim.batch_size=16")),
     Arm("GRPO", ("algorithm=grpo",)),
     Arm("GDPO", ("algorithm=gdpo",)),
     Arm("MRPO", ("algorithm=mrpo",)),
     Arm("telescoped", ("algorithm=mrpo", "advantage.credit=telescoped")),
 )
+# Those that learn from completions of their own.
+SAMPLING = tuple(arm for arm in METHODS if "algorithm=sft" not in arm.overrides)
 ABLATIONS: tuple[Arm, ...] = (
     _mrpo("linear penalty", "advantage.penalty=linear"),
     _mrpo("constant penalty", "advantage.penalty=none"),
@@ -61,27 +65,16 @@ CREDITED = ("linear penalty", "constant penalty", "reversed penalty", "tau 1: ri
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A warm start and a seed."""
-
-    warm_start: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"w{self.warm_start}s{self.seed}"
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Sizes. A step is 128 completions; `perceive` and `err` are the SFT steps that make a warm start.
+    """Sizes. A cell is a warm start and a seed that no other cell has, so cells are independent of each other; each
+    method runs once in each. A step is 128 completions; `perceive` and `err` are the SFT steps that make a warm start.
 
+    `ablation_cells`: the first so many; an ablation is compared with its method in the same ones.
     `held_out` is the split of the final questions: a trial run leaves the test split alone.
     """
 
-    warm_starts: int
-    seeds: int
-    ablation_seeds: int
+    cells: int
+    ablation_cells: int
     steps: int
     perceive: int
     err: int
@@ -94,12 +87,3 @@ class Plan:
     continuations: int
     held_out: Split = "test"
     ablations: tuple[Arm, ...] = field(default=ABLATIONS)
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [Cell(w, s) for s in range(self.seeds) for w in range(self.warm_starts)]
-
-    @property
-    def ablation_cells(self) -> list[Cell]:
-        """The first of the cells: an ablation is compared with the method in the same ones."""
-        return [Cell(w, s) for s in range(self.ablation_seeds) for w in range(self.warm_starts)]

@@ -1,10 +1,11 @@
 """Estimates over cells and questions, and paired differences between arms.
 
-A cell is a pair of warm start and seed: its runs share start policy, prompts and their order, whatever the method. What
-an arm does is uncertain in two ways, from cell to cell and from question to question, so both are resampled at once,
-with equal draws for every arm, so that differences are paired. Of C cells C - 1 are drawn (Rao & Wu, 1988), because few
-cells drawn C at a time vary too little. The p-value is that of the exact sign-flip test on the differences of the
-cells: it asks for other warm starts and seeds, and cannot fall below 2 / 2^C.
+A cell is a warm start and a seed: its runs share start policy, prompts and their order, whatever the method, and share
+nothing with another cell's but the held-out questions. What an arm does is uncertain in two ways, from cell to cell and
+from question to question, so both are resampled at once, with equal draws for every arm: differences are paired. Of C
+cells C - 1 are drawn (Rao & Wu, 1988), because few cells drawn C at a time vary too little. The p-value is that of the
+exact sign-flip test on the differences of the cells: it asks for other warm starts and seeds, and cannot fall below
+2 / 2^C.
 """
 
 from __future__ import annotations

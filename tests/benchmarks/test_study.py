@@ -59,7 +59,7 @@ def sample(question: str, *, correct: bool, steps: str, greedy: bool = True):
 def runs(accuracies: list[float], questions: int = 40):
     """One cell an accuracy; its first questions are answered rightly with valid steps, the others fail at once."""
     return {
-        f"w0s{cell}": [
+        f"c{cell}": [
             sample(f"q{i}", correct=i < accuracy * questions, steps="1111" if i < accuracy * questions else "0000")
             for i in range(questions)
         ]
@@ -125,7 +125,7 @@ def test_metrics_of_hand_made_chains() -> None:
         sample("c", correct=False, steps="11110"),  # late
         sample("c", correct=True, steps="110", greedy=False),
     ]
-    table = tabulate({"w0s0": chains}, METRICS)
+    table = tabulate({"c1": chains}, METRICS)
     found = dict(zip([metric.key for metric in METRICS], table.values(), strict=True))
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["accuracy_sampled"] == 1.0
@@ -133,14 +133,14 @@ def test_metrics_of_hand_made_chains() -> None:
     assert found["early_of_all"] == pytest.approx(1 / 3)
     assert (found["early_of_failures"], found["late_of_failures"]) == (0.5, 0.5)
     assert found["far"] == pytest.approx(1 / 3)
-    incorrect = tabulate({"w0s0": chains}, BINS["incorrect"]).values()
+    incorrect = tabulate({"c1": chains}, BINS["incorrect"]).values()
     assert incorrect[1] == 1.0
     assert incorrect[4] == 0.5
     assert np.isnan(incorrect[0])
 
 
 def same_rates() -> dict[str, float]:
-    return dict.fromkeys(("SFT", "GRPO", "GDPO", "MRPO", "telescoped"), 1e-4)
+    return dict.fromkeys(("SFT", "SFT, 16 a step", "GRPO", "GDPO", "MRPO", "telescoped"), 1e-4)
 
 
 @pytest.fixture
@@ -148,18 +148,41 @@ def experiment(tmp_path: Path):
     import suite_study
     from study.experiment import Experiment
 
-    return Experiment(
-        replace(suite_study.QUICK, held_out="test", warm_starts=2, seeds=2, rates=(3e-4, 1e-4, 2e-4)), tmp_path
-    )
+    return Experiment(replace(suite_study.QUICK, held_out="test", cells=4, rates=(3e-4, 1e-4, 2e-4)), tmp_path)
 
 
 def test_arms_of_a_cell_differ_in_nothing_but_the_arm(experiment) -> None:
     jobs = experiment.method_jobs(same_rates())
-    assert len({job.folder for job in jobs}) == len(jobs) == 5 * 4
-    of_cell = [job for job in jobs if job.name.endswith("w1s0")]
+    assert len({job.folder for job in jobs}) == len(jobs) == 6 * 4
+    of_cell = [job for job in jobs if job.name.endswith("c2")]
     assert len({(job.start, job.sets, job.flipped, job.missing) for job in of_cell}) == 1
-    of_arm = ("algorithm", "advantage.credit")
+    of_arm = ("algorithm", "advantage.credit", "optim.batch_size")
     assert len({tuple(o for o in job.overrides if not o.startswith(of_arm)) for job in of_cell}) == 1
+
+
+def test_cells_share_no_seed_and_no_warm_start(experiment) -> None:
+    made = [*experiment.perception_jobs(), *experiment.error_jobs()]
+    of_starts = [o for job in made for o in job.overrides if o.startswith("seed=")]
+    assert len(set(of_starts)) == len(of_starts) == 2 * 4
+    jobs = [job for job in experiment.method_jobs(same_rates()) if job.name.startswith("MRPO ")]
+    of_runs = [o for job in jobs for o in job.overrides if o.startswith("seed=")]
+    assert len(set(of_runs)) == len({job.start for job in jobs}) == 4
+    assert not set(of_runs) & set(of_starts)
+    assert {job.start for job in jobs} == {job.start for job in experiment.base_jobs()}
+
+
+def test_sft_on_as_many_questions_sees_those_of_the_other_methods(experiment) -> None:
+    """Its batch holds the prompts of theirs, in their order."""
+    from study.training import configure
+
+    from mrpo.data.order import batch_indices
+
+    jobs = {job.name: configure(job.overrides) for job in experiment.method_jobs(same_rates())}
+    few, other = jobs["SFT, 16 a step c1"], jobs["MRPO c1"]
+    prompts = other.optim.batch_size // other.rollout.group_size
+    for step in (0, 1, 39):
+        seen = batch_indices(few.data.train_size, few.optim.batch_size, step, few.seed)
+        assert list(seen) == list(batch_indices(other.data.train_size, prompts, step, other.seed))
 
 
 def test_nothing_is_chosen_by_test_questions(experiment) -> None:
@@ -180,7 +203,7 @@ def test_every_method_has_the_same_tuning_budget(experiment) -> None:
 def test_the_best_rate_is_taken_and_of_equal_ones_the_lower(experiment) -> None:
     from study.measuring import write_samples
 
-    for job, right in zip(experiment.tuning_jobs(), (1, 1, 0) * 5, strict=True):
+    for job, right in zip(experiment.tuning_jobs(), (1, 1, 0) * 6, strict=True):
         job.folder.mkdir(parents=True)
         write_samples(job.folder / "samples.json", {"validation": [sample("q", correct=bool(right), steps="1")]})
     assert experiment.rates() == same_rates()
@@ -248,11 +271,11 @@ def test_tables_and_figures_of_finished_runs(experiment, tmp_path: Path, monkeyp
     result = Result("study", suite_study.cases(quick=True)[0].settings, measured)
     assert suite_study.figures(result)["MRPO"]["accuracy"] == pytest.approx(0.9, abs=0.08)
     ours, paper = suite_study.summary([result])
-    assert [row[0] for row in ours.rows] == ["base", "SFT", "GRPO", "GDPO", "MRPO", "telescoped"]
+    assert [row[0] for row in ours.rows] == ["base", "SFT", "SFT, 16 a step", "GRPO", "GDPO", "MRPO", "telescoped"]
     assert [row[0] for row in paper.rows] == ["base", "SFT", "GRPO", "GDPO", "MRPO"]
-    assert float(ours.rows[4][1].split()[0]) == pytest.approx(90, abs=8)
+    assert float(ours.rows[5][1].split()[0]) == pytest.approx(90, abs=8)
     details = {table.title: table for table in suite_study.details([result], {})}
-    difference = details["Paired differences, test questions"].rows[2]
+    difference = details["Paired differences, test questions"].rows[3]
     assert difference[0] == "MRPO - GRPO"
     assert difference[1].endswith("p 0.12, 4/4")  # 2 of 16 sign patterns
     learning = {tuple(row[:2]): row[2:] for row in details["While they learn"].rows}
@@ -305,7 +328,7 @@ def test_effects_of_a_completion_add_up_to_its_outcome(tmp_path: Path) -> None:
         return configure([*arm.overrides, "rollout.group_size=2", "optim.batch_size=2"])
 
     examples = PhantomDataset("train", size=2)[:]
-    parts = study_credit(load(config_of(METHODS[1])), examples, METHODS[1:], config_of, continuations=2)
+    parts = study_credit(load(config_of(METHODS[2])), examples, METHODS[2:], config_of, continuations=2)
     totals: dict[int, list[float]] = {0: [], 1: []}
     total = 0.0
     for found in parts:
