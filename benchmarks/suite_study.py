@@ -34,7 +34,7 @@ from mrpo.report.page.paper import METHODS as PAPER_METHODS
 SOURCES = ("benchmarks/study",)
 TARGETS = ()
 FULL = Plan(
-    cells=8, ablation_cells=3, steps=40, perceive=100, err=60, questions=1000, shifted_questions=1000,
+    cells=7, ablation_cells=3, steps=40, perceive=100, err=60, questions=1000, shifted_questions=1000,
     sampled=2, tuning_questions=500, rates=(5e-5, 1e-4, 2e-4), credit_prompts=96, continuations=8,
 )  # fmt: skip
 QUICK = Plan(
