@@ -60,7 +60,12 @@ def check_memory(
     check = _compare(name, need, runtime, free, prompt)
     if check.state != "ok":
         check = replace(check, remedy=_mend(config, num_processes, fits, more=bool(machine.gpus)))
-    return [check, _check_host(config, machine, model, need, num_processes)] if machine.gpus else [check]
+    if not machine.gpus:
+        return [check]
+    checks = [check, _check_host(config, machine, model, need, num_processes)]
+    if engine_share(config):
+        checks.append(_check_engine(config, model, card, num_processes, fits))
+    return checks
 
 
 def _compare(name: str, need: Estimate, runtime: Term, free: int, prompt: PromptSize) -> Check:
@@ -79,6 +84,25 @@ def _compare(name: str, need: Estimate, runtime: Term, free: int, prompt: Prompt
     if need.peak + runtime.size > free:
         return Check(name, "warning", f"{fact}: the largest batch may not fit", None, details)
     return Check(name, "ok", fact, None, details)
+
+
+def _check_engine(
+    config: Config, model: ModelSize, card: int, num_processes: int, fits: Callable[[Config, int], bool]
+) -> Check:
+    """Whether the share of a GPU that a vLLM engine takes has room for its weights."""
+    share, least = engine_share(config), least_engine(config, model)
+    parallel = config.rollout.tensor_parallel
+    details = (f"its weights: {gib(least)}" + (f", one of {parallel} parts" if parallel > 1 else ""),)
+    fact = f"takes {share:g} x {gib(card)} = {gib(share * card)}"
+    if share * card >= least:
+        return Check("vLLM engine", "ok", fact, None, details)
+    larger = (step / 20 for step in range(1, 20) if step / 20 > share)
+    remedies = [("rollout.gpu_memory", value) for value in larger] if share == config.rollout.gpu_memory else []
+    remedies += [
+        ("rollout.tensor_parallel", n) for n in range(parallel + 1, num_processes + 1) if num_processes % n == 0
+    ]
+    found = (f"{key}={value:g}" for key, value in remedies if _possible(config, {key: value}, num_processes, fits))
+    return Check("vLLM engine", "missing", f"{fact}, its weights alone {gib(least)}", next(found, None), details)
 
 
 def _host_memory(config: Config, model: ModelSize, need: Estimate, num_processes: int) -> int:

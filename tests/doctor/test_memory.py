@@ -278,7 +278,23 @@ def test_the_remedy_is_settings_that_fit(gpus: int, gpu_gib: float, settings: li
     assert check.state != "ok"
     assert check.remedy is not None
     mended = config(*settings, *check.remedy.split())
-    assert [check.state for check in check_memory(mended, here, MODEL, PROMPT, gpus)] == ["ok", "ok"]
+    assert {check.state for check in check_memory(mended, here, MODEL, PROMPT, gpus)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "remedy"),
+    [
+        (1, ["rollout.gpu_memory=0.04"], "rollout.gpu_memory=0.05"),  # 4 GB of weights: 0.0466 of 80 GiB
+        (1, ["rollout.engine_options={gpu_memory_utilization: 0.04}"], None),
+        (2, ["rollout.engine_options={gpu_memory_utilization: 0.04}"], "rollout.tensor_parallel=2"),
+        (2, ["rollout.gpu_memory=0.02", "rollout.tensor_parallel=2"], "rollout.gpu_memory=0.05"),
+    ],
+)
+def test_the_share_of_an_engine_must_hold_its_weights(gpus: int, settings: list[str], remedy: str | None) -> None:
+    *_, check = check_memory(config("rollout.engine=vllm", *settings), machine(gpus=gpus), MODEL, PROMPT, gpus)
+    assert (check.name, check.state, check.remedy) == ("vLLM engine", "missing", remedy)
+    enough = config("rollout.engine=vllm", "rollout.gpu_memory=0.05")
+    assert check_memory(enough, machine(gpus=1), MODEL, PROMPT, 1)[-1].state == "ok"
 
 
 def test_where_no_setting_helps_the_remedy_is_the_least_number_of_gpus() -> None:
