@@ -140,7 +140,7 @@ class Experiment:
         overrides = (
             *arm.overrides,
             f"optim.steps={self.plan.steps}",
-            f"optim.lr={rate}",
+            *([] if any(o.startswith("optim.lr=") for o in arm.overrides) else [f"optim.lr={rate}"]),
             f"seed={seed}",
         )
         name = _job_name(arm.name, cell)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from study.statistics import Difference
 
 from mrpo.estimates import Estimate, Floats
@@ -44,6 +44,8 @@ def draw_accuracy(test: Estimates, shifted: Estimates, path: Path) -> Path:
                 _bar(panel, place, of_arm["accuracy"], arm)
             panel.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
             _percent(panel, title)
+            panel.set_ylim(0, 1)
+        axes[0].set_ylabel("right answers")
         width = 0.8 / len(PAPER_METHODS)
         for place, method in enumerate(PAPER_METHODS):
             left = np.arange(len(ACCURACY)) + (place - (len(PAPER_METHODS) - 1) / 2) * width
@@ -89,6 +91,7 @@ def draw_accumulation(correct: Estimates, incorrect: Estimates, earliest: Estima
             paper.bar([place], [rate / 100], 0.7, color=COLORS[method], hatch="//", edgecolor="white")
         paper.set_xticks(range(len(EARLIEST_FAR)), list(EARLIEST_FAR), rotation=30, ha="right")
         _percent(paper, f"The paper's, {CASCADE_BACKBONE}")
+        wrong.set_ylabel("invalid steps after the first failure")
         wrong.legend(ncols=2, loc="lower left")
         return _save(figure, path)
 
@@ -98,7 +101,8 @@ def draw_incorrect(found: Estimates, path: Path) -> Path:
     with figure_style():
         figure, (axes,) = _panels((1.0,), width=6.4)
         _lines(axes, found)
-        _percent(axes, "Wrong answers")
+        _percent(axes, "Wrong answers of the chains that first fail there")
+        axes.set_ylabel("wrong answers")
         axes.legend(ncols=3, loc="lower left")
         return _save(figure, path)
 
@@ -113,14 +117,14 @@ def draw_learning(found: Mapping[str, Mapping[str, Floats]], path: Path) -> Path
                 smooth = np.convolve(values, around, "valid") / len(around)
                 first = 1 + (len(around) - 1) / 2
                 panel.plot(first + np.arange(len(smooth)), smooth, color=COLORS[arm], label=arm)
-            panel.set_xlabel("step")
+            panel.set_xlabel(f"step (means of {_AROUND})")
             _percent(panel, title)
         panels[0].legend(ncols=2)
         return _save(figure, path)
 
 
 def draw_differences(found: Mapping[str, Mapping[str, Difference]], metrics: Mapping[str, str], path: Path) -> Path:
-    """Paired differences of arms, one row an arm and one panel a metric (its title as value)."""
+    """Paired differences of arms from MRPO, one row an arm and one panel a metric (its title as value)."""
     with figure_style():
         height = 1.0 + 0.28 * len(found)
         figure, panels = _panels([1.0] * len(metrics), width=3.4 * len(metrics) + 1.5, height=height)
@@ -133,7 +137,9 @@ def draw_differences(found: Mapping[str, Mapping[str, Difference]], metrics: Map
             panel.axvline(0.0, color=MUTED, linewidth=0.8)
             panel.set_yticks(range(len(found)), list(found) if place == 0 else [""] * len(found))
             panel.invert_yaxis()
-            panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            panel.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.0f}" if value else "0"))
+            panel.set_xlabel("points, arm minus MRPO")
             panel.set_title(title)
         return _save(figure, path)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,9 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, log: Path, report: Callable[[
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, Exception):
                 raise RuntimeError(f"a run of the study failed, see {log}: {error}") from error
+            # Stopped from outside: a training run takes SIGTERM for the wish to save, and its process would live on.
+            for worker in active_children():
+                worker.kill()
             raise
 
 

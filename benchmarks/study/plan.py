@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arm:
-    """A method, or a change to one: the fields that it sets, and what errs in its judge."""
+    """A method, or a change to one: the fields that it sets (a learning rate instead of the tuned one, too), and what
+    errs in its judge."""
 
     name: str
     overrides: tuple[str, ...]
@@ -57,6 +58,8 @@ ABLATIONS: tuple[Arm, ...] = (
     _mrpo("30 % of verdicts flipped", flipped=0.3),
     _mrpo("25 % unjudged", "judge.max_unjudged=1.0", missing=0.25),
     _mrpo("50 % unjudged", "judge.max_unjudged=1.0", missing=0.5),
+    # Added when the results were known, to see whether the tuned rate of telescoped credit (2e-4) is what harms it.
+    _telescoped("telescoped at 1e-4", "optim.lr=1e-4"),
     _telescoped("telescoped, 30 % flipped", flipped=0.3),
     _telescoped("telescoped, 50 % unjudged", "judge.max_unjudged=1.0", missing=0.5),
 )
