@@ -181,6 +181,7 @@ def _whisker(axes: Axes, x: float, estimate: Estimate, color: str = MUTED) -> No
 
 
 def _percent(axes: Axes, title: str) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(axis="x", visible=False)
     axes.set_title(title)
