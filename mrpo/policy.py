@@ -59,7 +59,9 @@ class Policy:
         efficiency = make_efficient(model, config, runtime)
         if config.update.packing != "dense":
             use_packed_rows(model, family)
-        module = PolicyModule(model, family, config.loss, config.rollout.temperature, attention)
+        # What is imitated was not sampled at any temperature.
+        temperature = 1.0 if config.algorithm == "sft" else config.rollout.temperature
+        module = PolicyModule(model, family, config.loss, temperature, attention)
         self._planner = Planner(config, processor, runtime, cost_model(model, family, config, device))
         self._runner = PassRunner(self._planner, config.deepspeed.zero_stage)
         self._runner.messages.append(str(efficiency))

@@ -40,7 +40,7 @@ def load_pmc_vqa(root: Path, split: Split, **options: Unpack[ReadOptions]) -> tu
 def _answer(row: Row) -> str:
     """The text of the right choice; a choice is written with its letter, as in "A: Liver"."""
     answer = text(row, "Answer")
-    if answer not in LETTERS:
+    if answer not in tuple(LETTERS):
         return answer
     choice = re.sub(rf"^{answer}\s*[:.)]\s*", "", text(row, f"Choice {answer}"))
     if not choice:
