@@ -127,34 +127,37 @@ def _sentences(text: str, start: int, end: int) -> list[tuple[int, int]]:
     """The character ranges of the sentences in text[start:end], without surrounding white space."""
     found: list[tuple[int, int]] = []
     begun = -1  # where a label or an abbreviation has begun the sentence
-    for first, last in _fragments(text, start, end):
-        fragment = text[first:last]
-        if not any(map(str.isalnum, fragment)):
-            continue
-        unfinished = _ABBREVIATION.search(fragment) or (begun < 0 and _LABEL.fullmatch(fragment))
-        if begun < 0:
-            begun = first
-        if not unfinished:
-            found.append((begun, last))
-            begun = -1
+    for line in _lines(text, start, end):
+        spans = [span for span in line if any(map(str.isalnum, text[slice(*span)]))]
+        for first, last in spans:
+            is_label = begun < 0 and _LABEL.fullmatch(text, first, last)
+            # At the end of a line an abbreviation ends its sentence; a label belongs to the next line.
+            is_open = is_label or (last != spans[-1][1] and _ABBREVIATION.search(text, first, last))
+            if begun < 0:
+                begun = first
+            if not is_open:
+                found.append((begun, last))
+                begun = -1
     if begun >= 0:  # nothing follows a label at the end: it joins the sentence before it
         found.append((found.pop()[0] if found else begun, len(text[:end].rstrip())))
     return [(last - len(text[first:last].lstrip()), len(text[:last].rstrip())) for first, last in found]
 
 
-def _fragments(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The character ranges that sentencex finds, line by line, with closing marks left to the sentence they close."""
+def _lines(text: str, start: int, end: int) -> Iterator[list[tuple[int, int]]]:
+    """The character ranges that sentencex finds in each line, with closing marks left to the sentence they close."""
     for line in text[start:end].splitlines(keepends=True):
         # sentencex 1.0 takes a space for one byte and panics where it is longer, so it sees only plain ones.
         pieces = sentencex.segment("en", re.sub(r"\s", " ", line))
         first = cut = 0
+        found = []
         for piece in pieces:
             cut += len(piece)
             closers = _CLOSERS.match(line, cut)
             last = closers.end() if closers else cut
             if last > first:
-                yield start + first, start + last
+                found.append((start + first, start + last))
             first = max(first, last)
+        yield found
         start += len(line)
 
 

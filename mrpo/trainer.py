@@ -88,6 +88,7 @@ class Trainer:
                 return False
         # The policy first: a full disk that has no room for a checkpoint may have room for it.
         if self.config.checkpoint.export:
+            self.engine.sleep()
             self.policy.export(self.config.output_dir / "policy")
         if start_step < self.total_steps:
             self._save(state)
@@ -125,6 +126,7 @@ class Trainer:
 
     def _update(self, parts: Iterable[Part], rows: list[Row], lr: float, step: int) -> UpdateStats:
         """The optimizer steps, the first on `parts` of `rows` as they come; then the engine has the new weights."""
+        self.engine.sleep()  # where the step sampled nothing, an evaluation or the last weights have woken it
         try:
             with self._stopwatch.measure("update", apart_from="judge_wait"):
                 for _ in range(self.config.loss.updates_per_rollout):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ class Recorder:
 
     def log_step(self, step: int, metrics: dict[str, float]) -> None:
         self.events.append(f"log {step}{' with validation' if 'validation/reward' in metrics else ''}")
+
+    def sleep(self) -> None:
+        pass
 
     def evaluate(self) -> dict[str, float]:
         self.events.append("evaluate")
@@ -83,6 +87,45 @@ def test_the_last_step_is_saved_after_the_policy_is_exported(every: int) -> None
     saves = {step: [f"save {step}"] for step in (1, 2) if every and step % every == 0}
     steps = ["log 1", *saves.get(1, []), "log 2", *saves.get(2, []), "log 3"]
     assert alone(never, f"checkpoint.every={every}") == (True, [*steps, "export policy", "save 3"])
+
+
+class Engine:
+    """As one in the trainer's process: new weights wake it."""
+
+    awake = True
+
+    def sleep(self) -> None:
+        self.awake = False
+
+    def sync(self, weights: Any) -> None:
+        self.awake = True
+
+
+def test_an_engine_sleeps_in_updates_and_in_the_export_whatever_woke_it() -> None:
+    """Where a step samples nothing, as the last ones with rollout.ahead, nothing else would put it to sleep."""
+    engine, asleep = Engine(), []
+
+    class Policy(Recorder):
+        weights = None
+
+        def update_in_parts(self, parts: Any, lr: float) -> Any:
+            asleep.append(not engine.awake)
+            return SimpleNamespace(messages=[])
+
+        def export(self, folder: Path) -> None:
+            asleep.append(not engine.awake)
+
+    class Steps(Trainer):
+        def _rl_step(self, step: int) -> dict[str, float]:
+            self._update([], [], 0.1, step)
+            return {"loss": 0.0}
+
+    policy: Any = Policy()
+    runtime: Any = ThreadRuntime(0, Meeting(1), torch.device("cpu"))
+    others: Any = {"scorer": policy, "train_set": (), "checkpoints": policy, "log": policy}
+    config, sampler = load_config(None, []), cast(Any, engine)
+    Steps(config, runtime, policy, sampler, **others, total_steps=2, evaluate=dict, stop_requested=lambda: False).run(0)
+    assert asleep == [True] * 3
 
 
 def test_a_finished_run_that_is_resumed_exports_again_and_saves_nothing() -> None:

@@ -38,9 +38,12 @@ def load_pmc_vqa(root: Path, split: Split, **options: Unpack[ReadOptions]) -> tu
 
 
 def _answer(row: Row) -> str:
-    """The text of the right choice; a choice is written with its letter, as in "A: Liver"."""
+    """The text of the right choice; a choice is written with its letter, as in "A: Liver".
+
+    "Answer" is this text where "Answer_label" is the letter, as in version 1, and the letter in version 2.
+    """
     answer = text(row, "Answer")
-    if answer not in tuple(LETTERS):
+    if row.get("Answer_label") or answer not in tuple(LETTERS):
         return answer
     choice = re.sub(rf"^{answer}\s*[:.)]\s*", "", text(row, f"Choice {answer}"))
     if not choice:

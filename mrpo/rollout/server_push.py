@@ -6,9 +6,11 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from ipaddress import ip_address
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import safetensors.torch
@@ -84,18 +86,16 @@ class FolderPush:
 
     def __call__(self, weights: Weights) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        try:
+        # A folder of its own: a server loads all that is there, and a push that was killed leaves files behind.
+        with TemporaryDirectory(prefix="weights-", dir=self._folder) as folder:
+            Path(folder).chmod(0o755)  # servers may run as another user
             for i, bucket in enumerate(buckets(weights())):
-                files.append(self._folder / f"weights-{i:05d}.safetensors")
-                safetensors.torch.save_file(bucket, files[-1])
-            on_all(self._servers, _REFUSED, self._load)
-        finally:
-            for file in files:
-                file.unlink(missing_ok=True)
+                safetensors.torch.save_file(bucket, Path(folder, f"{i:05d}.safetensors"))
+            on_all(self._servers, _REFUSED, partial(self._load, folder))
 
-    def _load(self, server: Server) -> None:
-        server.call("mrpo_load_from_folder", str(self._folder))
+    @staticmethod
+    def _load(folder: str, server: Server) -> None:
+        server.call("mrpo_load_from_folder", folder)
         server.reset_caches()
 
 

@@ -163,7 +163,8 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Gives the device memory back; weights that were never synced are kept at level 2, too."""
-        if self._sleep_level > 0 and not self._asleep:
+        if self._sleep_level > 0 and "weights" not in self._asleep:
+            self._wake("kv_cache")  # vLLM takes an engine that is half awake, after a sync, for asleep
             level = self._sleep_level if self._weights is not None else 1
             self.llm.sleep(level=level)
             self._asleep = {"weights", "kv_cache"}

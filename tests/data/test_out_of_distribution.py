@@ -41,11 +41,12 @@ def test_pmc_vqa_version_1_is_asked_for_the_text_of_the_answer(tmp_path: Path) -
         ["PMC1_F1.jpg", "Which modality, is it?", " MRI, T2 ", *options, "B"],
         ["PMC1_F1.jpg", "Is it contrast-enhanced?", "No", *options, "D"],
         ["PMC1_F1.jpg", "Which blood group?", "AB", " A: A ", " B: B ", " C: AB ", "D: 0", "C"],
+        ["PMC1_F1.jpg", "Which panel?", "B", " A: D ", " B: A ", " C: B ", "D: C", "C"],
     )
     write_csv(tmp_path / "test.csv", header, ["PMC1_F1.jpg", "Unchecked?", "CT", *options, "A"])
     examples = load_pmc_vqa(tmp_path, "test")
-    assert [answer for _, answer in answers(examples)] == ["MRI, T2", "No", "AB"]
-    assert [example.id for example in examples] == [f"pmc_vqa/test/{row}" for row in (1, 2, 3)]
+    assert [answer for _, answer in answers(examples)] == ["MRI, T2", "No", "AB", "B"]
+    assert [example.id for example in examples] == [f"pmc_vqa/test/{row}" for row in (1, 2, 3, 4)]
     assert examples[0].question == "Which modality, is it?"
     assert examples[0].images == (tmp_path.resolve() / "images/PMC1_F1.jpg",)
 

@@ -232,6 +232,28 @@ def test_an_error_leaves_nothing_under_way(engine: VLLMEngine, prompts: list[Enc
     assert len(engine.generate(prompts[:1], SamplingParams(2, 8, 1.0, (1,)))[0]) == 2
 
 
+class HalfAwake:
+    """What vLLM 0.24 does: an engine that is partly asleep cannot fall asleep."""
+
+    def __init__(self) -> None:
+        self.asleep = {"kv_cache"}
+
+    def sleep(self, level: int) -> None:
+        if not self.asleep:
+            self.asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.asleep -= set(tags)
+
+
+def test_an_engine_that_a_sync_has_half_woken_falls_asleep() -> None:
+    engine: Any = object.__new__(VLLMEngine)
+    engine.llm, engine._asleep, engine._sleep_level, engine._weights = HalfAwake(), {"kv_cache"}, 2, object()
+    engine.sleep()
+    assert engine.llm.asleep == engine._asleep == {"weights", "kv_cache"}
+    assert not engine._has_weights
+
+
 @needs_vllm
 def test_sleep_keeps_everything_without_a_gpu(engine: VLLMEngine, prompts: list[EncodedPrompt]) -> None:
     before = engine.generate(prompts[:2], SamplingParams(1, 8, 0.0))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine_logprobs import largest_difference
 from fake_vllm_server import Answer, FakeServer
+from safetensors.torch import save_file
 
 from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.config import Config
@@ -300,6 +301,10 @@ def test_a_real_server_samples_from_the_weights_it_was_sent(
     processor = load_processor(config)
     model = load_model(config.model)
     engine = _engine(config, processor)
+    left = tmp_path / "sync" / "weights-99999.safetensors"  # by a push that was killed
+    if by == "folder":
+        left.parent.mkdir()
+        save_file({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, left)
     params = SamplingParams(4, 60, 1.2, tuple(range(0, 800, 100)))
 
     def mismatch() -> float:
@@ -318,7 +323,7 @@ def test_a_real_server_samples_from_the_weights_it_was_sent(
     assert mismatch() > 1e-2
     engine.sync(lambda: checkpoint_weights(model, zero_stage=0))
     assert mismatch() < 2e-5
-    assert not list(tmp_path.glob("sync/*"))
+    assert [*tmp_path.glob("sync/*")] == ([left] if by == "folder" else [])
     greedy = SamplingParams(1, 60, 0.0)
     reference = HFEngine(model, processor, batch_size=64, weights=nullcontext)
     assert engine.generate(prompts, greedy) == reference.generate(prompts, greedy)
