@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mrpo.config import CheckpointConfig
+from mrpo.config import CheckpointConfig, Packing
 from mrpo.errors import UserError
 from mrpo.runtime import Runtime
 from mrpo.whole_files import flush_folder, flush_tree
@@ -31,12 +31,14 @@ _TAG = "deepspeed"
 class TrainerState:
     """What a run is besides model and optimizer: everything else follows from the config and the step.
 
-    `step` counts finished rollout steps; `score` is what `keep_best` ranks by; `world_size` the number of processes.
+    `step` counts finished rollout steps; `score` is what `keep_best` ranks by; `world_size` the number of processes;
+    `packing` how rows are packed: what `update.packing=auto` chose by the first of them.
     """
 
     step: int
     score: float
     world_size: int
+    packing: Packing = "auto"
 
 
 class CheckpointStore:

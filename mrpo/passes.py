@@ -16,7 +16,7 @@ import torch
 
 from mrpo.backbones import Family, Processor
 from mrpo.batching import Row
-from mrpo.config import Config
+from mrpo.config import Config, Packing
 from mrpo.kernels.prefix_attention import choose_attention
 from mrpo.packing import CostModel, GroupSize, PlannedPass, plan_passes, split_evenly
 from mrpo.records import EncodedPrompt
@@ -80,7 +80,7 @@ class Planner:
         self._processor = processor
         self._runtime = runtime
         self._cost = cost
-        self._packing = config.update.packing
+        self.packing: Packing = config.update.packing
         self._budget = config.update.token_budget
         self._micro_batch = config.optim.micro_batch_size
         self.messages: list[str] = []  # for the run's log
@@ -113,15 +113,13 @@ class Planner:
 
     def _is_packed(self, shares: Sequence[_Share]) -> bool:
         """What `update.packing` says. `auto` decides once, so that old and new log-probabilities come the same way."""
-        if self._packing == "auto" and any(share.sizes for share in shares):
+        if self.packing == "auto" and any(share.sizes for share in shares):
             planned = plan_passes([share.sizes for share in shares], self._cost, _budget(shares), move=False)
             packed = sum(piece.cost for passes in planned for passed in passes for piece in passed)
             dense = sum(self._cost.dense(chunk) for share in shares for chunk in _chunks(share.sizes, shares))
-            self._packing = "shared_prefix" if packed <= _WORTHWHILE * dense else "dense"
-            self.messages.append(
-                f"update.packing=auto: {self._packing}, {packed / dense:.2f} of the dense form's FLOPs"
-            )
-        return self._packing == "shared_prefix"
+            self.packing = "shared_prefix" if packed <= _WORTHWHILE * dense else "dense"
+            self.messages.append(f"update.packing=auto: {self.packing}, {packed / dense:.2f} of the dense form's FLOPs")
+        return self.packing == "shared_prefix"
 
     def _packed(
         self, rows: Sequence[Row], groups: Sequence[Sequence[int]], shares: Sequence[_Share], *, move: bool

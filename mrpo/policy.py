@@ -20,7 +20,7 @@ from mrpo.backbones import Processor, write_prompt_style
 from mrpo.backbones.lora import has_adapters, merged_state_dict, save_adapters
 from mrpo.backbones.packed import use_packed_rows
 from mrpo.batching import DenseBatch, PackedBatch, Row, collate, pack
-from mrpo.config import Config
+from mrpo.config import Config, Packing
 from mrpo.deepspeed_config import deepspeed_config
 from mrpo.efficiency import make_efficient
 from mrpo.pass_runner import PassRunner
@@ -85,6 +85,15 @@ class Policy:
     def model(self) -> Any:
         """The Hugging Face model that is trained."""
         return self.engine.module.model
+
+    @property
+    def packing(self) -> Packing:
+        """How rows are packed: as `update.packing` says, and where that is auto, as it chose by its first rows."""
+        return self._planner.packing
+
+    @packing.setter
+    def packing(self, packing: Packing) -> None:
+        self._planner.packing = packing
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:

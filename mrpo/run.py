@@ -154,6 +154,8 @@ def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) ->
     policy = Policy(load_model(config.model), processor, config, runtime)
     store = CheckpointStore(config.output_dir / "checkpoints", config.checkpoint, runtime)
     state = store.load_latest(policy.engine) if resume else None
+    if state and config.update.packing == "auto":  # other rows might choose otherwise, and round otherwise
+        policy.packing = state.packing
     start_step = state.step if state else 0
     with (
         closing(make_engine(config, processor, policy, runtime, max_images=inputs.max_images)) as engine,

@@ -80,7 +80,7 @@ class Trainer:
                 metrics |= self.evaluate()
                 stop = self._is_to_stop()
             self.log.log_step(step + 1, metrics | {f"time/{name}": value for name, value in seconds.items()})
-            state = TrainerState(step + 1, score, self.runtime.world_size)
+            state = TrainerState(step + 1, score, self.runtime.world_size, self.policy.packing)
             is_last = step + 1 == self.total_steps  # which is saved below, and once: processes must agree that it is
             if stop or (self._due(self.config.checkpoint.every, step + 1) and not is_last):
                 self._save(state)

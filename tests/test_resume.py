@@ -138,6 +138,18 @@ def test_completions_sampled_ahead_survive_a_kill(tiny_policy: Path, tmp_path: P
     assert_same_run(run, whole)
 
 
+def test_a_resumed_run_packs_as_it_began_to(tmp_path: Path) -> None:
+    """Of SFT on phantom, packed rows save about 5 %: update.packing=auto chooses dense by step 1, and not by step 3."""
+    common = ["algorithm=sft", "eval.at_start=false", "eval.at_end=false"]
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    train(*common, f"output_dir={whole}", "optim.steps=3")
+    train(*common, f"output_dir={parts}", "optim.steps=2")
+    ((_, state),) = checkpoints(parts / "checkpoints")
+    assert state.packing != "auto"
+    train(*common, f"output_dir={parts}", "optim.steps=3", "--resume")
+    assert read_metrics(parts) == read_metrics(whole)
+
+
 def test_last_and_best_checkpoints_are_kept(uninterrupted: Path) -> None:
     rewards = {record["step"]: record["reward"] for record in read_metrics(uninterrupted)}
     best = max(rewards, key=lambda step: (rewards[step], step))

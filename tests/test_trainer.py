@@ -21,6 +21,7 @@ class Recorder:
     """Stands for policy, checkpoints and log, and writes down what is asked of them."""
 
     engine = None
+    packing = "dense"
 
     def __init__(self) -> None:
         self.events: list[str] = []

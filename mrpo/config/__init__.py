@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from mrpo.config.experience import JUDGE_TRANSPORT, AdvantageConfig, JudgeConfig, RewardConfig, RolloutConfig
 from mrpo.config.inputs import DataConfig, ModelConfig, PromptConfig
-from mrpo.config.learning import DeepSpeedConfig, LossConfig, OptimConfig, UpdateConfig
+from mrpo.config.learning import DeepSpeedConfig, LossConfig, OptimConfig, Packing, UpdateConfig
 from mrpo.config.outputs import CheckpointConfig, EvalConfig, LogConfig
 from mrpo.config.section import LocalPath, NonNegative, Positive, Section, Share
 
@@ -31,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "NonNegative",
     "OptimConfig",
+    "Packing",
     "Positive",
     "PromptConfig",
     "RewardConfig",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from mrpo.config.section import NonNegative, Positive, Section
+
+Packing: TypeAlias = Literal["auto", "shared_prefix", "dense"]
 
 
 class LossConfig(Section):
@@ -34,7 +36,7 @@ class LossConfig(Section):
 class UpdateConfig(Section):
     """How an optimizer step computes its gradient. The gradient is the same, up to rounding."""
 
-    packing: Literal["auto", "shared_prefix", "dense"] = Field(
+    packing: Packing = Field(
         "auto",
         description="shared_prefix: a prompt once, its completions behind it; dense: a prompt for every completion, in "
         "micro-batches of optim.micro_batch_size; auto: the first if it saves 5 % of the FLOPs",
