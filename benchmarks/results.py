@@ -206,6 +206,7 @@ def write_csv(path: Path, suite: Suite, results: Sequence[Result]) -> None:
         for one in result.measured:
             own = asdict(one)
             more = {**own.pop("values"), **figures.get(one.name, {})}
+            more = {key: value for key, value in more.items() if "\n" not in str(value)}  # a page is no cell
             rows.append({"case": result.name, **result.settings, **own, **more})
     columns = list(dict.fromkeys(column for row in rows for column in row))
     partial = path.with_name(f".{path.name}.partial")
