@@ -221,6 +221,21 @@ def test_on_a_gpu_a_way_goes_through_all_its_cases_and_is_kept(asked: Path, tmp_
     assert not list((tmp_path / "kept").rglob("TRL*.json")), "finished cases are kept twice"
 
 
+def test_ways_left_out_are_measured_later_and_the_others_not_again(asked: Path, tmp_path: Path) -> None:
+    from results import left_out
+    from rollout_driver import Driver, Job
+    from rollout_setting import OURS, TRL
+    from suite_rollout import as_cases
+
+    job = Job("main", "rollout", make_setting(), (OURS, TRL), turns=1)
+    [case] = as_cases([job])
+    for name, skip in (("first", left_out(case, ["ours"])), ("second", {})):
+        driver = Driver(tmp_path / name, tmp_path / "models", tmp_path / "kept", ["stamp"])
+        found = driver.run(job, [job], skip)
+        assert [one.failure for one in found] == [None, skip.get(TRL)]
+    assert [line.split(":")[0] for line in asked.read_text().splitlines()] == [OURS] * 4 + [TRL] * 4
+
+
 def test_ways_take_turns_and_fail_alone(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import rollout_driver
     from rollout_driver import Driver, Job
