@@ -2,6 +2,7 @@
 
 The CPU part of mrpo._C is built everywhere, the CUDA part where nvcc is found: through $NVCC, $CUDA_HOME or PATH.
 MRPO_CUDA=0 leaves it out, MRPO_CUDA=1 demands it, MRPO_CPP=0 leaves out the whole extension.
+MRPO_CUDA_TARGETS names what the CUDA part is compiled for, such as 90a, instead of all in `CUDA_TARGETS`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ def find_nvcc() -> str | None:
     return found
 
 
+def cuda_targets(known: list[str]) -> list[str]:
+    """What to compile for, of the generations that a compiler knows: MRPO_CUDA_TARGETS, or all of `CUDA_TARGETS`.
+
+    Raises:
+        ValueError: MRPO_CUDA_TARGETS names another target.
+    """
+    targets = [target for generation, target in CUDA_TARGETS.items() if generation in known]
+    wish = os.environ.get("MRPO_CUDA_TARGETS", "").split()
+    if unknown := [target for target in wish if target not in targets]:
+        raise ValueError(f"MRPO_CUDA_TARGETS may name {', '.join(targets)}, with spaces between, not {unknown[0]!r}")
+    return [target for target in targets if target in wish] or targets
+
+
 def cuda_home(nvcc: str) -> Path:
     """Where nvcc's own files lie; nvcc on PATH may be a script that calls another, so nvcc itself is asked."""
     said = run(nvcc, "--dryrun", "-c", "-x", "cu", "-o", os.devnull, os.devnull)
@@ -102,8 +116,7 @@ class BuildExtension(build_ext):
         output = Path(self.build_temp) / "policy_loss_cuda.o"
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            known = run(nvcc, "--list-gpu-code").split()
-            targets = [target for generation, target in CUDA_TARGETS.items() if generation in known]
+            targets = cuda_targets(run(nvcc, "--list-gpu-code").split())
             options = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
             run(nvcc, "-c", CUDA_SOURCE, "-o", str(output), *options, *code_options(targets))
             home = cuda_home(nvcc)

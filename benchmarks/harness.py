@@ -26,8 +26,8 @@ PACKAGES = ("torch", "triton", "transformers", "deepspeed", "vllm", "trl", "lige
 
 PRODUCT, COPY = "matrix product", "copy"
 
-# A block on a GPU is at least this long, so that launches hide behind the work before them.
-_BLOCK_SECONDS = 0.02
+# A block on a GPU is about this long, so that launches hide behind the work before them: a head and its loss run twice.
+_BLOCK_SECONDS = 0.1
 # Nothing so slow needs a turn only to warm up.
 _SLOW_SECONDS = 1.0
 _ROWS_AT_ONCE = 1024

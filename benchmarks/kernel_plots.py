@@ -22,7 +22,7 @@ DASHED = (0, (4, 3))
 _LIGHT_BLUE = "#7fa9d6"
 _OWN = ("cuda", "triton", "cpp")
 _OTHERS = (ORANGE, GREEN, PURPLE, RED, "#3a9bb0", "#8a6d3b", "#b0567c", MUTED)
-_CEILINGS = ("product: logits", "product: dhidden", "product: dweight", "copy")
+_CEILINGS = ("product: logits", "product: dhidden", "product: dweight", "products in one go", "copy")
 
 
 def draw(results: Sequence[Result], figures: Figures, out: Path) -> list[Path]:

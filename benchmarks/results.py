@@ -44,8 +44,17 @@ class Measured:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-# What failures say that another try may be spared: a command cut short, memory that another process held, a package.
-_TRANSIENT = ("took longer than", "the process ended", "Free memory on device", "ModuleNotFoundError", "ImportError")
+LEFT_OUT = "left out by --way"
+# What failures say that another try may be spared: a way not asked for, a command cut short, memory that another
+# process held, a package.
+_TRANSIENT = (
+    LEFT_OUT,
+    "took longer than",
+    "the process ended",
+    "Free memory on device",
+    "ModuleNotFoundError",
+    "ImportError",
+)
 
 
 def is_transient(failure: str | None) -> bool:
@@ -57,12 +66,18 @@ def is_transient(failure: str | None) -> bool:
 class Case:
     """One comparison of a suite: a name of its own, the settings it depends on (JSON), and what measures it.
 
-    `run` takes the candidates that must not run in it, with the reason.
+    `run` takes the candidates that must not run in it, with the reason. settings["ways"] names those of `--way`.
     """
 
     name: str
     settings: dict[str, Any]
     run: Callable[[Mapping[str, str]], list[Measured]]
+
+
+def left_out(case: Case, texts: Sequence[str] | None) -> dict[str, str]:
+    """The ways of a case whose names hold none of `texts` (None: none), with the reason."""
+    ways = case.settings.get("ways", ()) if texts is not None else ()
+    return {way: LEFT_OUT for way in ways if not any(text in way for text in texts or ())}
 
 
 @dataclass(frozen=True)
@@ -191,6 +206,7 @@ def write_csv(path: Path, suite: Suite, results: Sequence[Result]) -> None:
         for one in result.measured:
             own = asdict(one)
             more = {**own.pop("values"), **figures.get(one.name, {})}
+            more = {key: value for key, value in more.items() if "\n" not in str(value)}  # a page is no cell
             rows.append({"case": result.name, **result.settings, **own, **more})
     columns = list(dict.fromkeys(column for row in rows for column in row))
     partial = path.with_name(f".{path.name}.partial")

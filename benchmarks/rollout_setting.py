@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OURS, HF, TRL, REFERENCE = "ours, vLLM", "ours, hf", "TRL's VLLMGeneration", "reference's way"
-# Our vLLM engine again, each time in a process of its own.
-SLEEP_1, SLEEP_2 = "ours, sleep level 1", "ours, sleep level 2"
+# Our vLLM engine again, each time in a process of its own. On a GPU it can sleep, at level 2 if not said otherwise.
+SLEEP_1 = "ours, sleep level 1"
 COLD, CACHED = "ours, first start", "ours, next start"
-WITH_VLLM = (OURS, TRL, SLEEP_1, SLEEP_2, COLD, CACHED)
+WITH_VLLM = (OURS, TRL, SLEEP_1, COLD, CACHED)
 
 # Completions that the paper's code samples at once.
 REFERENCE_MICRO_BATCH = 2

@@ -15,7 +15,7 @@ import torch
 from harness import device, free_memory, synchronize
 from model_folders import LONGEST_TEXT, picture_side
 from plain_generate import generate
-from rollout_setting import GPU_MEMORY, REFERENCE_MICRO_BATCH, SLEEP_1, SLEEP_2, Setting
+from rollout_setting import GPU_MEMORY, REFERENCE_MICRO_BATCH, SLEEP_1, Setting
 
 from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.config import Config
@@ -116,7 +116,8 @@ class VllmWay:
             os.environ["VLLM_CACHE_ROOT"] = cache
         import_module("vllm.entrypoints.llm")  # not part of the start, as little as TRL's import of it
         self._setting = setting
-        self._level = {SLEEP_1: 1, SLEEP_2: 2}.get(name, 0)
+        # As rollout.sleep_level; and an engine that cannot sleep would be compiled anew.
+        self._level = {SLEEP_1: 1}.get(name, 2)
         self.trained = Trained(setting, "vllm")
         self.engine: VLLMEngine
 

@@ -25,6 +25,7 @@ from results import (
     about,
     digest_of,
     key_of,
+    left_out,
     load_suite,
     read_results,
     suite_names,
@@ -70,6 +71,13 @@ def _options() -> argparse.Namespace:
         metavar="TEXT",
         help="only cases whose names hold this, once or several times (rollout on a GPU: what its ways do next, too)",
     )
+    parser.add_argument(
+        "--way",
+        action="append",
+        metavar="TEXT",
+        help="rollout and step: only ways whose names hold this; the next run measures the others (of step the first "
+        "one that is measured says what gradients are right)",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     parser.add_argument("--fresh", action="store_true", help="measure again what a run before has finished")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/benchmarks, or runs/benchmarks-quick")
@@ -91,7 +99,7 @@ def run_suite(name: str, out: Path, console: Console, options: argparse.Namespac
     """Measures the cases that are not finished; one that fails is reported and leaves the others alone.
 
     Args:
-        options: quick, fresh, and case, of which names must hold one (None: all cases).
+        options: quick, fresh, and case and way, of which names must hold one (None: all).
     """
     import harness  # and with it torch: the rest of this command needs none
 
@@ -116,9 +124,9 @@ def run_suite(name: str, out: Path, console: Console, options: argparse.Namespac
             if store.get(key) is not None:
                 console.print(f"{place}: finished before")
             else:
-                began = time.monotonic()
+                began, skip = time.monotonic(), left_out(case, options.way) | store.skips(key)
                 try:
-                    result = Result(case.name, case.settings, case.run(store.skips(key)))
+                    result = Result(case.name, case.settings, case.run(skip))
                 except harness.DeviceLostError as lost:
                     store.skip(key, lost.name, lost.reason)
                     console.print(f"{place}: {lost.name} left the device unusable ({lost.reason}); starting again")

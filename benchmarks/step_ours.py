@@ -26,8 +26,11 @@ from mrpo.trainer import Trainer
 
 # As rollout.gpu_memory: the engine's share, beside weights that the trainer holds as well.
 GPU_MEMORY = 0.35
-# The longest sequence of any case: vLLM compiles anew for each limit.
+# The longest sequence of any case.
 LONGEST_SEQUENCE = LONGEST_PROMPT + 640
+# For all cases what those of the suite `rollout` have: vLLM compiles anew for each limit, and for an engine that cannot
+# sleep, whether it is asked to or not.
+ENGINE_ON_GPU = {"max_num_seqs": 256, "max_model_len": LONGEST_SEQUENCE, "enable_sleep_mode": True}
 
 
 def make_config(setting: Setting, *, ahead: bool, algorithm: str, folder: Path) -> Config:
@@ -50,7 +53,7 @@ def make_config(setting: Setting, *, ahead: bool, algorithm: str, folder: Path) 
             "gpu_memory": GPU_MEMORY,
             # As TRL's engine: with adapters alone both models and the update fit beside one that stays awake.
             "sleep_level": 0 if setting.lora else 2,
-            "engine_options": {"max_num_seqs": 256, "max_model_len": LONGEST_SEQUENCE} if on_gpu else {},
+            "engine_options": ENGINE_ON_GPU if on_gpu else {},
         },
         "optim": {
             "batch_size": setting.samples,

@@ -2,8 +2,9 @@
 
 N tokens, H hidden size, V vocabulary. The head's products take 6NHV FLOPs (logits, their gradient times the weight, and
 times the hidden states), 4NHV with a frozen head; every implementation is credited with these, whatever it computes
-again. Its ceiling is the time of the bare products, of all rows at once, timed in turns with it. The loss on logits of
-s bytes must read them and write their gradient: 2sNV bytes. Its ceiling is a copy of as many.
+again. Its ceiling is the time of the bare products, of all rows at once, timed in turns with it: each by itself, and
+beside that all in one go, as a head runs them, at the clocks that such a burst has. The loss on logits of s bytes must
+read them and write their gradient: 2sNV bytes. Its ceiling is a copy of as many.
 
 Peak memory counts from the inputs and the gradients that a run leaves behind.
 """
@@ -31,6 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # (backbone, hidden size, vocabulary)
 BACKBONES = (("Qwen3-VL-8B", 4096, 151_936), ("Qwen2.5-VL-7B", 3584, 152_064), ("InternVL3-8B", 3584, 151_674))
 PRODUCTS = ("product: logits", "product: dhidden", "product: dweight")
+IN_ONE_GO = "products in one go"
 REFERENCE = "reference"  # dispatch's name of plain PyTorch
 HEAD, FROZEN, VARIANTS = (
     f"head, {BACKBONES[0][0]}",
@@ -163,6 +165,7 @@ def _head_step(problem: HeadProblem, loss: peers.Loss) -> Step:
 def _bare_products(problem: HeadProblem) -> dict[str, Candidate]:
     """The products of all rows, unchunked; the one of the weight's gradient only where that is wanted."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    wanted = problem.weight.requires_grad
 
     def logits() -> Step:
         return harness.uncompared(lambda: hidden @ weight.t())
@@ -175,8 +178,17 @@ def _bare_products(problem: HeadProblem) -> dict[str, Candidate]:
         dlogits = hidden @ weight.t()
         return harness.uncompared(lambda: dlogits.t() @ hidden)
 
+    def in_one_go() -> Step:
+        def run() -> None:
+            dlogits = hidden @ weight.t()
+            _ = dlogits @ weight
+            if wanted:
+                _ = dlogits.t() @ hidden
+
+        return run
+
     products = dict(zip(PRODUCTS, (logits, dhidden, dweight), strict=True))
-    return products if problem.weight.requires_grad else {name: products[name] for name in PRODUCTS[:2]}
+    return {name: products[name] for name in PRODUCTS[: 3 if wanted else 2]} | {IN_ONE_GO: in_one_go}
 
 
 def rows_case(rows: int, vocab: int, dtype: torch.dtype, *, turns: int) -> Case:
@@ -266,11 +278,14 @@ def summary(results: Sequence[Result]) -> list[Table]:
     heads = [result for result in results if _is_head(result, "") and result.measured]
     tables = []
     if heads:
-        names = list(dict.fromkeys(one.name for result in heads for one in result.measured if one.name not in PRODUCTS))
+        ceilings = (*PRODUCTS, IN_ONE_GO)
+        names = list(dict.fromkeys(one.name for result in heads for one in result.measured if one.name not in ceilings))
         header = ["forward and backward, ms", *(result.name for result in heads), "peak, GiB"]
         rows = [[name, *(_milliseconds(result[name]) for result in heads), _peak(heads[0][name])] for name in names]
         bare = [_ceiling(result) for result in heads]
         rows.append(["*the bare products, unchunked*", *("" if s is None else f"{1e3 * s:.1f}" for s in bare), ""])
+        if any(result[IN_ONE_GO].runs for result in heads):
+            rows.append([f"*the bare {IN_ONE_GO}*", *(_milliseconds(result[IN_ONE_GO]) for result in heads), ""])
         note = f"{_shape(heads[0])}. Peak: of the first column, above inputs and gradients."
         tables.append(Table("Head and policy loss", header, rows, note))
     logits = [result for result in results if result.settings["kind"] == "rows" and result.measured]

@@ -25,7 +25,7 @@ import rollout_plots
 import torch
 from results import Case, Measured, Result, digest_of, load_suite
 from rollout_driver import Driver, Job
-from rollout_setting import CACHED, COLD, HF, OURS, REFERENCE, SLEEP_1, SLEEP_2, TRL, Setting
+from rollout_setting import CACHED, COLD, HF, OURS, REFERENCE, SLEEP_1, TRL, Setting
 from rollout_tables import BIG, MAIN_CPU, MAIN_GPU, MANY, SLEEP, SMALL, START, SYNC, figures
 from rollout_tables import TARGETS as TARGETS
 from rollout_tables import details as details
@@ -64,9 +64,10 @@ _MAIN = Setting(BIG, 8, 8, 784, 200, max_samples=256, max_image_tokens=1024, max
 
 
 def _gpu_jobs() -> Iterator[Job]:
+    # Ours has all the targets, and comes first in each: one engine, which no other way delays.
     yield Job(MAIN_GPU, "rollout", _MAIN, (OURS, TRL, HF, REFERENCE), turns=3)
     yield Job(SYNC, "sync", _MAIN, (OURS, TRL), turns=10)
-    yield Job(SLEEP, "sleep", _MAIN, (SLEEP_2, SLEEP_1), turns=3)
+    yield Job(SLEEP, "sleep", _MAIN, (OURS, SLEEP_1), turns=3)
 
 
 def _more_gpu_jobs() -> Iterator[Job]:

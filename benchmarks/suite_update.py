@@ -18,7 +18,7 @@ import harness
 import torch
 import update_plots
 from harness import PRODUCT, Candidate, Step
-from results import Case, Measured, Result
+from results import Case, Measured, Result, write_whole
 from tables import Table, Target, failure_cell, target_cell
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ TRL, TRL_PLAIN, REFERENCE = "TRL's way", "TRL's way, no checkpointing", "referen
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 NEEDED_GIB = 100
 BIG, SMALL = "Qwen3-VL-8B", "small Qwen3-VL"
+# Ours with other options of `update`, on a GPU: whether a default should be another.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours, flash attention": {"attention": "flash"},
+    "ours, 10,240 tokens a pass": {"token_budget": 10_240},
+}
+PROFILE_ROWS = 40
 MAIN, AGREEMENT = f"64 samples, {BIG}", f"agreement in bf16, {BIG}"
 
 TARGETS = (
@@ -79,7 +85,8 @@ def _gpu_cases(quick: bool) -> Iterator[Case]:
     from update_ways import Shape
 
     small = Shape(prompts=2, group=8, image_tokens=784, text_tokens=60, length=200)
-    yield update_case(MAIN, BIG, replace(small, prompts=8), seconds=10.0)  # most of what a minute on a GPU can tell
+    # Most of what a minute on a GPU can tell.
+    yield update_case(MAIN, BIG, replace(small, prompts=8), seconds=10.0, variants=tuple(VARIANTS))
     yield agreement_case(BIG, replace(small, prompts=1, group=4))
     yield update_case(f"16 samples, {BIG}", BIG, small)
     if quick:
@@ -109,9 +116,12 @@ def _sweeps(
         yield update_case(f"{length} tokens a completion", backbone, replace(shape, length=length), sweep="length")
 
 
-def update_case(name: str, backbone: str, shape: Shape, *, sweep: str = "", seconds: float = 3.0) -> Case:
+def update_case(
+    name: str, backbone: str, shape: Shape, *, sweep: str = "", seconds: float = 3.0, variants: Sequence[str] = ()
+) -> Case:
     settings = {"kind": "update", "backbone": backbone, **asdict(shape), "sweep": sweep, "dtype": _name(_dtype())}
-    return Case(name, settings, partial(_run, backbone, shape, sweep, seconds))
+    settings |= {"variants": list(variants)}
+    return Case(name, settings, partial(_run, backbone, shape, sweep, seconds, variants))
 
 
 def agreement_case(backbone: str, shape: Shape) -> Case:
@@ -128,10 +138,13 @@ def _ways(backbone: str) -> Ways:
     return Ways(build(CONFIGS[backbone](), harness.device(), _dtype()), harness.device(), _dtype())
 
 
-def _by_name(ways: Ways, *, packing: str = "auto") -> dict[str, Callable[..., torch.Tensor]]:
+def _by_name(
+    ways: Ways, *, packing: str = "auto", variants: Sequence[str] = ()
+) -> dict[str, Callable[..., torch.Tensor]]:
     return {
-        OURS: partial(ways.ours, packing),
-        OUR_DENSE: partial(ways.ours, "dense"),
+        OURS: partial(ways.ours, packing=packing),
+        **{name: partial(ways.ours, **VARIANTS[name]) for name in variants},
+        OUR_DENSE: partial(ways.ours, packing="dense"),
         TRL: ways.trl,
         TRL_PLAIN: partial(ways.trl, checkpointed=False),
         REFERENCE: ways.reference,
@@ -143,13 +156,15 @@ def _skipped(sweep: str) -> dict[str, str]:
     return missing | ({TRL_PLAIN: "left out of sweeps"} if sweep else {})
 
 
-def _run(backbone: str, shape: Shape, sweep: str, seconds: float, skip: Mapping[str, str]) -> list[Measured]:
+def _run(
+    backbone: str, shape: Shape, sweep: str, seconds: float, variants: Sequence[str], skip: Mapping[str, str]
+) -> list[Measured]:
     from update_ways import make_rows
 
     ways = _ways(backbone)
     rows = make_rows(ways.plain.config, shape)
     truth = [tensor.clone() for tensor in ways.gradients(ways.truth, rows)]
-    steps = {name: partial(ways.gradients, way, rows) for name, way in _by_name(ways).items()}
+    steps = {name: partial(ways.gradients, way, rows) for name, way in _by_name(ways, variants=variants).items()}
     candidates: dict[str, Candidate] = {name: partial(_ready, step) for name, step in steps.items()}
     candidates[PRODUCT] = harness.ceilings(_dtype())[PRODUCT]
     ways.messages.clear()
@@ -161,19 +176,35 @@ def _run(backbone: str, shape: Shape, sweep: str, seconds: float, skip: Mapping[
         seconds=seconds,
         skip={**_skipped(sweep), **skip},
     )
+    # The main case alone: what a profiler hooks into may slow down those behind it.
+    is_profiled = torch.cuda.is_available() and bool(variants) and measured[0].failure is None
+    profile = profile_of(steps[OURS]) if is_profiled else ""
     ways.plain.zero_grad(set_to_none=True)
     packed = any("shared_prefix" in message for message in ways.messages)
     flops = {
-        OURS: ways.flops(shape, rows, packed=packed),
+        **dict.fromkeys((OURS, *variants), ways.flops(shape, rows, packed=packed)),
         **dict.fromkeys((OUR_DENSE, TRL, TRL_PLAIN), ways.flops(shape, rows, packed=False)),
         REFERENCE: ways.flops(shape, rows, packed=False, full_logits=True),
         PRODUCT: 2.0 * harness.ceiling_sizes()[0] ** 3,
     }
-    said = {OURS: "; ".join(dict.fromkeys((ways.efficiency, *ways.messages)))}
-    return [
-        replace(one, values={"flops": flops[one.name], **({"said": said[one.name]} if one.name in said else {})})
-        for one in measured
-    ]
+    said = "; ".join(dict.fromkeys((ways.efficiency, *ways.messages)))
+    more = {OURS: {"said": said, **({"profile": profile} if profile else {})}}
+    return [replace(one, values={"flops": flops[one.name], **more.get(one.name, {})}) for one in measured]
+
+
+def profile_of(step: Step) -> str:
+    """What a step spends its time with, by operator and kernel, the longest first; or why that cannot be told."""
+    from torch.profiler import profile
+
+    try:
+        with profile() as found:
+            step()
+            harness.synchronize()
+        return found.key_averages().table(
+            sort_by="self_device_time_total", row_limit=PROFILE_ROWS, max_name_column_width=100
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _ready(step: Step) -> Step:
@@ -241,7 +272,9 @@ def summary(results: Sequence[Result]) -> list[Table]:
     shown = [result for result in shown if result.measured]
     if not shown:
         return []
-    names = (OURS, OUR_DENSE, TRL, TRL_PLAIN, REFERENCE)
+    measured = {one.name for result in shown for one in result.measured}
+    variants = [name for name in VARIANTS if name in measured]
+    names = (OURS, *variants, OUR_DENSE, TRL, TRL_PLAIN, REFERENCE)
     rows = [[name, *(_seconds_and_ratio(result, name) for result in shown)] for name in names]
     first = shown[0].settings
     note = (
@@ -309,7 +342,17 @@ def _agreement_table(result: Result, machine: Mapping[str, Any]) -> Table:
 
 
 def plots(results: Sequence[Result], out: Path) -> list[Path]:
-    return update_plots.draw(results, figures, out)
+    return [*update_plots.draw(results, figures, out), *_profiles(results, out)]
+
+
+def _profiles(results: Sequence[Result], out: Path) -> Iterator[Path]:
+    """Writes the profiles of the cases that have one."""
+    for result in results:
+        if text := result[OURS].values.get("profile"):
+            slug = "".join(letter if letter.isalnum() else "-" for letter in result.name)
+            path = out / f"update-profile-{slug}.txt"
+            write_whole(path, text)
+            yield path
 
 
 def _shape(result: Result) -> str:

@@ -1,4 +1,4 @@
-"""Launch shapes of the row kernels on this GPU: `python benchmarks/tune_rows.py [--rows N] [--vocab V] [--turns N]`.
+"""Launch shapes of the row kernels on this GPU: `python benchmarks/tune_rows.py [--only cuda|triton] [--rows N] ...`.
 
 Every shape is checked against plain PyTorch before it is timed; the table is sorted by time. Triton: columns of a
 block, warps, pipeline stages. CUDA: blocks of a cluster, warps of a block, slots of a warp (csrc/cluster_kernel.cuh).
@@ -22,6 +22,7 @@ CHUNK_BYTES, SHARED_BYTES = 2048, 232_448  # of a lane group's copy; of a multip
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/tune_rows.py", description=__doc__)
+    parser.add_argument("--only", choices=("cuda", "triton"), help="default: both; Triton compiles every shape")
     parser.add_argument("--rows", type=int, default=8192, metavar="N")
     parser.add_argument("--vocab", type=int, default=151_936, metavar="V")
     parser.add_argument("--turns", type=int, default=5, metavar="N")
@@ -50,7 +51,8 @@ def main() -> None:
     def copy() -> Step:
         return harness.uncompared(lambda: gradient.copy_(logits))
 
-    runs = {**dict(triton_shapes()), **dict(cuda_shapes(options.vocab * logits.element_size()))}
+    shapes = {"cuda": cuda_shapes(options.vocab * logits.element_size()), "triton": triton_shapes()}
+    runs = {name: run for kind, found in shapes.items() if options.only in (None, kind) for name, run in found}
     candidates = {name: partial(partial, step, run) for name, run in runs.items()}
     measured = harness.measure({**candidates, COPY: copy}, truth=[truth], tolerance=5e-2, turns=options.turns)
     copied = next(one.seconds for one in measured if one.name == COPY)

@@ -94,6 +94,7 @@ class Ways:
     leaves gradients in the model's parameters."""
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        embed_patches_by_product(model)  # as `load_model`: the 3-D convolution is nobody's choice
         self.plain = model
         self.device, self.dtype = device, dtype
         self.processor = processor_of(model)
@@ -107,22 +108,22 @@ class Ways:
         self.efficiency = str(make_efficient(self._ours, self.config, self._runtime))
         self.messages: list[str] = []
         use_packed_rows(self._ours, self.processor.family)
-        embed_patches_by_product(self._ours)
-        self._module = PolicyModule(self._ours, self.processor.family, self.config.loss, 1.0)
 
-    def ours(self, packing: str, rows: Sequence[Row]) -> torch.Tensor:
-        """As `Policy.update`, with update.packing=`packing`."""
-        config = self.config.model_copy(update={"update": self.config.update.model_copy(update={"packing": packing})})
+    def ours(self, rows: Sequence[Row], **options: Any) -> torch.Tensor:
+        """As `Policy.update`, with these options of `update`."""
+        config = self.config.model_copy(update={"update": self.config.update.model_copy(update=options)})
+        attention = None if config.update.attention == "auto" else config.update.attention
+        module = PolicyModule(self._ours, self.processor.family, config.loss, 1.0, attention)
         costs = cost_model(self._ours, self.processor.family, config, self.device)
         planner = Planner(config, self.processor, self._runtime, costs)
         runner = PassRunner(planner, zero_stage=0)
 
         def forward(passed: Pass) -> tuple[torch.Tensor, torch.Tensor]:
-            loss, logprobs, *_ = self._module(self._batch(passed))
+            loss, logprobs, *_ = module(self._batch(passed))
             return loss, logprobs.detach()
 
         passes = ((passed, False) for passed in planner.plan(rows))
-        results = runner.accumulate(passes, PlainEngine(self._module), forward)
+        results = runner.accumulate(passes, PlainEngine(module), forward)
         self.messages += [*planner.messages, *runner.messages]
         return in_order(results, len(rows))
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, in the repository's root, with nothing asked for in the environment."""
     monkeypatch.chdir(ROOT)
-    for name in ("MRPO_CUDA", "MRPO_CPP", "NVCC", "CUDA_HOME"):
+    for name in ("MRPO_CUDA", "MRPO_CUDA_TARGETS", "MRPO_CPP", "NVCC", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("mrpo_setup", ROOT / "setup.py")
     assert spec is not None
@@ -80,6 +80,14 @@ def test_the_cuda_part_is_compiled_for_what_nvcc_knows(
     assert ("MRPO_CUDA", "1") in extension.define_macros
 
 
+def test_fewer_targets_may_be_named(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRPO_CUDA_TARGETS", "90a 80")
+    architectures, call = built_with(build, compiler(tmp_path / "bin"), tmp_path / "temporary")
+    assert architectures == "sm_80 sm_90a"
+    codes = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]
+    assert re.findall(r"-gencode=(\S+)", call) == codes
+
+
 @pytest.mark.parametrize("reason", ["fails", "knows too little"])
 def test_where_nvcc_cannot_the_way_out_is_named(build: ModuleType, tmp_path: Path, reason: str) -> None:
     nvcc = compiler(tmp_path / "bin", "sm_75" if reason == "knows too little" else "sm_80", fails=reason == "fails")
@@ -117,6 +125,14 @@ def test_a_demand_that_cannot_be_met_is_named(
     monkeypatch.setenv(variable, value)
     with pytest.raises(error, match=variable):
         build.find_nvcc()
+
+
+def test_a_target_that_the_compiler_does_not_know_is_named(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MRPO_CUDA_TARGETS", "80 100")
+    with pytest.raises(ValueError, match="MRPO_CUDA_TARGETS may name 80, 90a, with spaces between, not '100'"):
+        built_with(build, compiler(tmp_path / "bin", "sm_80 sm_90"), tmp_path / "temporary")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -78,7 +78,7 @@ class VLLMEngine:
         require_vllm()
         # Else vLLM makes a process group of its own.
         self._launched = dist.is_initialized()
-        for name, value in (_ENVIRONMENT | (_CPU_RANK_ENVIRONMENT if self._launched else {})).items():
+        for name, value in environment(launched=self._launched).items():
             os.environ.setdefault(name, value)
         import vllm
 
@@ -277,6 +277,14 @@ def _remove_shared_memory(ranks: Sequence[int]) -> None:
     for file in Path("/dev/shm").glob("*cpushm_*"):
         if group in file.name:
             file.unlink(missing_ok=True)
+
+
+def environment(*, launched: bool) -> dict[str, str]:
+    """Environment variables that an engine in this process needs, if they are not set.
+
+    On a GPU the same for all engines: vLLM compiles anew where one of its variables differs.
+    """
+    return _ENVIRONMENT | (_CPU_RANK_ENVIRONMENT if launched and not torch.cuda.is_available() else {})
 
 
 def training_options(rollout: RolloutConfig) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def unfit():
 
 
 def cases(quick):
-    return [Case(f"case {n}", {"n": n, "quick": quick}, partial(_run, n)) for n in range(2 if quick else 4)]
+    settings = {"quick": quick, "ways": ["works", "wrong"]}
+    return [Case(f"case {n}", {"n": n, **settings}, partial(_run, n)) for n in range(2 if quick else 4)]
 
 
 def _run(n, skip):
@@ -194,8 +195,21 @@ def test_cases_may_be_chosen_and_the_others_keep_their_results(folder: Path) -> 
     assert none.stderr == "toy: no case has 'nosuch' in its name\n"
 
 
+def test_ways_may_be_left_out_and_are_measured_by_the_next_run(folder: Path) -> None:
+    run(folder, "--case", "case 1", "--way", "work", "--out", "out")
+    found = by_name(folder.parent / "out" / "toy.json")
+    assert found["works"]["runs"] == 2
+    assert found["wrong"]["failure"] == "left out by --way"
+    run(folder, "--case", "case 1", "--out", "out")
+    assert measured(folder) == [1, 1]
+    assert by_name(folder.parent / "out" / "toy.json")["wrong"]["failure"] == "computes something else"
+
+
 @pytest.mark.parametrize(("failure", "again"), [("step took longer than 9 s", True), ("out of memory", False)])
-def test_a_candidate_that_failed_for_want_of_luck_is_measured_again(tmp_path: Path, failure: str, again: bool) -> None:
+def test_a_candidate_that_failed_for_want_of_luck_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, again: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from results import Measured, Result, Store
 
     Store(tmp_path, "toy", {}).put("key", Result("case", {}, [Measured("one", 1.0), Measured("two", failure=failure)]))

@@ -95,11 +95,12 @@ def test_a_peer_that_is_not_there_says_what_to_install() -> None:
 
 def test_figures_follow_from_seconds() -> None:
     from results import Measured, Result
-    from suite_kernels import PRODUCTS, figures, rows_case
+    from suite_kernels import IN_ONE_GO, PRODUCTS, figures, rows_case
     from tables import Target, target_cell, targets_table
 
     settings = {"kind": "head", "N": 10, "H": 100, "V": 1000, "flops": 6_000_000, "frozen": False, "sweep": ""}
     products = [Measured(name, seconds=s) for name, s in zip(PRODUCTS, (1e-6, 2e-6, 3e-6), strict=True)]
+    products.append(Measured(IN_ONE_GO, seconds=6.3e-6))
     heads = [Measured("ours", seconds=8e-6, peak_bytes=1 << 30), Measured("TRL chunked", seconds=12e-6)]
     found = figures(Result("head, Qwen3-VL-8B", settings, [*heads, *products]))
     assert found["ours"]["TFLOP/s"] == pytest.approx(0.75)
@@ -108,6 +109,7 @@ def test_figures_follow_from_seconds() -> None:
     assert found["ours"]["faster than TRL"] == pytest.approx(1.5)
     assert found["ours"]["peak GiB"] == 1
     assert found["product: logits"]["TFLOP/s"] == pytest.approx(2.0)
+    assert found[IN_ONE_GO]["times bare products"] == pytest.approx(1.05)
 
     h200, cpu = {"gpu": "NVIDIA H200"}, {"gpu": None, "threads": 2}
     target = Target("head, Qwen3-VL-8B", "ours", "times bare products", "at most", 1.05, "x")
@@ -146,9 +148,11 @@ def test_the_suite_runs_beside_a_peer_that_raises(tmp_path: Path) -> None:
     assert head["ours"]["error"] < 1e-5
     assert head["ours, lean"]["runs"] == 2
     assert "product: dweight" not in {one["name"] for one in cases["frozen head, Qwen3-VL-8B"]["measured"]}
+    assert head["products in one go"]["runs"] == 2
     written = {path.name for path in (tmp_path / "out").iterdir()}
     plots = {"kernels-heads.png", "kernels-rows.png", "kernels-sweeps.png", "kernels-ours.png"}
     assert written == {"tiny.json", "tiny.csv", "tiny.md", "benchmarks.md", *plots}
     page = (tmp_path / "out" / "tiny.md").read_text()
     assert "| TRL chunked | RuntimeError: built for another torch |" in page
     assert "**Policy loss from logits**" in page
+    assert "| *the bare products in one go* |" in page

@@ -221,6 +221,21 @@ def test_on_a_gpu_a_way_goes_through_all_its_cases_and_is_kept(asked: Path, tmp_
     assert not list((tmp_path / "kept").rglob("TRL*.json")), "finished cases are kept twice"
 
 
+def test_ways_left_out_are_measured_later_and_the_others_not_again(asked: Path, tmp_path: Path) -> None:
+    from results import left_out
+    from rollout_driver import Driver, Job
+    from rollout_setting import OURS, TRL
+    from suite_rollout import as_cases
+
+    job = Job("main", "rollout", make_setting(), (OURS, TRL), turns=1)
+    [case] = as_cases([job])
+    for name, skip in (("first", left_out(case, ["ours"])), ("second", {})):
+        driver = Driver(tmp_path / name, tmp_path / "models", tmp_path / "kept", ["stamp"])
+        found = driver.run(job, [job], skip)
+        assert [one.failure for one in found] == [None, skip.get(TRL)]
+    assert [line.split(":")[0] for line in asked.read_text().splitlines()] == [OURS] * 4 + [TRL] * 4
+
+
 def test_ways_take_turns_and_fail_alone(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import rollout_driver
     from rollout_driver import Driver, Job
@@ -247,7 +262,7 @@ def test_figures_and_tables_follow_from_seconds() -> None:
     from rollout_tables import figures, summary
 
     settings = {"kind": "rollout", "prompts": 8, "group": 8, "length": 100, "image_tokens": 64, "sweep": ""}
-    settings |= {"ways": [OURS, TRL, HF, REFERENCE], "measured_prompts": 1}
+    settings |= {"ways": [OURS, TRL, HF, REFERENCE], "measured_prompts": 1, "model": "small"}
     measured = [
         Measured(OURS, 2.0, 1.9, 2.1, 3, 2**30, 1e-6, values={"tokens": 6400.0, "start s": 9.0}),
         Measured(TRL, failure="refuses | this vLLM"),
@@ -273,12 +288,12 @@ def test_figures_and_tables_follow_from_seconds() -> None:
 def test_targets_are_read_from_the_figures_of_their_cases() -> None:
     import suite_rollout
     from results import Measured, Result
-    from rollout_setting import COLD, OURS, SLEEP_1, SLEEP_2
-    from rollout_tables import MAIN_GPU, SHARE, SLEEP, START, SYNC
+    from rollout_setting import COLD, OURS, SLEEP_1
+    from rollout_tables import BIG, MAIN_GPU, SHARE, SLEEP, START, SYNC
     from tables import targets_table
 
     common = {"prompts": 8, "group": 8, "length": 200, "image_tokens": 784, "sweep": "", "measured_prompts": 0}
-    common |= {"ways": []}
+    common |= {"ways": [], "model": BIG}
     memory = {"before": 10.0, "started": 110.0, "awake": 111.0, "sleep s": 1.0, "wake s": 1.0, "start s": 60.0}
     sync = Measured(OURS, 0.05, 0.05, 0.05, 9, 1, values={"parameters": 8e9, "bytes": 16e9})
     results = [
@@ -289,7 +304,7 @@ def test_targets_are_read_from_the_figures_of_their_cases() -> None:
             {"kind": "sleep", **common},
             [
                 Measured(SLEEP_1, 1.0, 1.0, 1.0, 3, 1, values=memory | {"asleep": 26.0}),
-                Measured(SLEEP_2, 1.0, 1.0, 1.0, 3, 1, values=memory | {"asleep": 16.0}),
+                Measured(OURS, 1.0, 1.0, 1.0, 3, 1, values=memory | {"asleep": 16.0}),
             ],
         ),
         Result(START, {"kind": "start", **common}, [Measured(COLD, 170.0, 170.0, 170.0, 1, 1)]),
@@ -308,6 +323,18 @@ def test_targets_are_read_from_the_figures_of_their_cases() -> None:
         assert {len(row) for row in table.rows} == {len(table.header)}
         assert not any("|" in cell for cell in table.header)
     assert targets_table(suite_rollout, results, {"gpu": None, "threads": 2}) is None  # type: ignore[arg-type]
+
+
+def test_one_engine_of_ours_meets_all_targets_and_is_that_of_the_suite_step() -> None:
+    from model_folders import LONGEST_TEXT
+    from step_ours import ENGINE_ON_GPU
+    from suite_rollout import TARGETS, _gpu_jobs
+
+    jobs = {job.name: job for job in _gpu_jobs()}
+    assert {target.candidate for target in TARGETS} == {jobs[target.case].ways[0] for target in TARGETS}
+    [setting] = {job.setting for job in jobs.values()}
+    assert setting.max_samples == ENGINE_ON_GPU["max_num_seqs"]
+    assert setting.max_image_tokens + LONGEST_TEXT + setting.max_length == ENGINE_ON_GPU["max_model_len"]
 
 
 def test_every_way_samples_what_the_weights_say(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from update_ways import Shape
 def cases(quick):
     shape = Shape(prompts=1, group=2, image_tokens=4, text_tokens=4, length=3)
     return [
-        update_case("main", SMALL, shape, seconds=0.1),
+        update_case("main", SMALL, shape, seconds=0.1, variants=("ours, 10,240 tokens a pass",)),
         *(update_case(f"G = {n}", SMALL, replace(shape, group=n), sweep="group", seconds=0.1) for n in (1, 2)),
     ]
 '''
@@ -76,7 +76,8 @@ def test_all_ways_compute_the_same_gradients(backbone: str) -> None:
     ways = tiny_ways(backbone)
     rows = make_rows(ways.plain.config, Shape(prompts=2, group=3, image_tokens=16, text_tokens=6, length=5))
     truth = [tensor.clone() for tensor in ways.gradients(ways.truth, rows)]
-    tried = [partial(ways.ours, packing) for packing in ("shared_prefix", "dense", "auto")] + [ways.reference]
+    tried = [partial(ways.ours, packing=packing) for packing in ("shared_prefix", "dense", "auto")]
+    tried += [partial(ways.ours, packing="shared_prefix", token_budget=40, attention="sdpa"), ways.reference]
     if find_spec("trl") is not None:
         tried += [ways.trl, partial(ways.trl, checkpointed=False)]
     for way in tried:
@@ -154,6 +155,27 @@ def test_figures_follow_from_seconds() -> None:
     assert f"faster than {TRL}" not in found
 
 
+def test_a_profile_lists_operators_and_lies_beside_the_results(tmp_path: Path) -> None:
+    from results import Measured, Result, write_csv
+    from suite_update import OURS, plots, profile_of
+
+    def raises() -> list[torch.Tensor]:
+        raise RuntimeError("no counters here")
+
+    assert profile_of(raises) == "RuntimeError: no counters here"
+    text = profile_of(lambda: [torch.ones(64, 64) @ torch.ones(64, 64)])
+    assert "aten::mm" in text
+    settings = {"kind": "agreement", "sweep": ""}
+    one = Measured(OURS, failure="computes something else", values={"profile": text, "said": "compiled"})
+    result = Result("64 samples, X", settings, [one])
+    plots([result], tmp_path)
+    assert (tmp_path / "update-profile-64-samples--X.txt").read_text() == text
+    import suite_update
+
+    write_csv(tmp_path / "update.csv", suite_update, [result])  # type: ignore[arg-type]
+    assert len((tmp_path / "update.csv").read_text().splitlines()) == 2
+
+
 def test_the_suite_runs_beside_a_peer_that_raises(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "benchmarks" / "suite_tiny.py").write_text(TINY, encoding="utf-8")
@@ -168,6 +190,9 @@ def test_the_suite_runs_beside_a_peer_that_raises(tmp_path: Path) -> None:
     assert found["TRL's way"]["failure"] == "RuntimeError: built for another torch"
     assert found["ours"]["error"] < 1e-5
     assert found["reference's way"]["runs"] >= 1
+    other = found["ours, 10,240 tokens a pass"]
+    assert other["error"] < 1e-5
+    assert other["values"]["flops"] == found["ours"]["values"]["flops"]
     assert "layers recompute their activations" in found["ours"]["values"]["said"]
     assert {"update-ways.png", "update-sweeps.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert "**The gradient of an optimizer step**" in (tmp_path / "out" / "tiny.md").read_text()

@@ -23,7 +23,7 @@ from mrpo.errors import UserError
 from mrpo.records import Completion, EncodedPrompt, Example
 from mrpo.rollout import SamplingParams
 from mrpo.rollout.hf import HFEngine
-from mrpo.rollout.vllm_engine import VLLMEngine
+from mrpo.rollout.vllm_engine import VLLMEngine, environment
 from mrpo.weights import checkpoint_weights
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -73,6 +73,16 @@ def _continued(prompt: EncodedPrompt, processor: Processor, text: str) -> Encode
         token_type_ids=torch.cat([prompt.token_type_ids, torch.zeros(len(begun), dtype=torch.long)]),
         text_ids=prompt.text_ids + begun,
     )
+
+
+@pytest.mark.parametrize(("on_gpu", "more"), [(True, set()), (False, {"VLLM_CPU_OMP_THREADS_BIND"})])
+def test_a_launched_engine_needs_more_on_cpus_alone(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, more: set[str]
+) -> None:
+    """On a GPU a variable that one engine has and another has not costs minutes: vLLM compiles anew."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    found = environment(launched=True).keys() - environment(launched=False).keys()
+    assert found - {"VLLM_CPU_KVCACHE_SPACE"} == more
 
 
 @needs_vllm
