@@ -34,12 +34,13 @@ _WRITTEN = (
 )  # fmt: skip
 # Every version writes these keys of a configuration, and what else has a config.yaml lacks some of them.
 _MARKS = {"algorithm", "output_dir", "model", "data", "rollout", "reward", "judge", "optim"}
-# Fields that may change when a run is continued: they do not touch what it computes.
+# Fields that may change when a run is continued: they do not touch what it computes. A judge of one's own may have
+# moved, as servers do from job to job; verdicts are kept under their endpoint, so one at another URL is asked anew.
 _MAY_CHANGE = (
     "output_dir", "checkpoint", "log", "eval", "update", "optim.steps", "optim.epochs", "optim.micro_batch_size",
-    *(f"judge.{name}" for name in sorted(JUDGE_TRANSPORT)),
+    *(f"judge.{name}" for name in ("base_url", *sorted(JUDGE_TRANSPORT))),
     *(f"rollout.{name}" for name in ("servers", "server_timeout", "sync_group", "sync_folder")),
-    "rollout.gpu_memory", "rollout.sleep_level",
+    "rollout.batch_size", "rollout.gpu_memory", "rollout.sleep_level",
 )  # fmt: skip
 
 

@@ -68,6 +68,16 @@ def test_an_existing_run_is_neither_mixed_nor_lost(tmp_path: Path) -> None:
         check_folder(other, resume=True, overwrite=False)
 
 
+def test_a_run_goes_on_with_smaller_batches_of_completions_and_a_judge_that_has_moved(tmp_path: Path) -> None:
+    judge = ("judge.kind=openai", "judge.model=m")
+    prepare(config_in(tmp_path, *judge, "judge.base_url=http://node-1:8000/v1"))
+    moved = (*judge, "judge.base_url=http://node-2:8000/v1", "rollout.batch_size=16")
+    prepare(config_in(tmp_path, *moved), resume=True)
+    assert load_config(tmp_path / "config.yaml") == config_in(tmp_path, *moved)
+    with pytest.raises(UserError, match=r"judge\.model=other \(was m\)$"):
+        prepare(config_in(tmp_path, *moved, "judge.model=other"), resume=True)
+
+
 @pytest.mark.parametrize(
     "text",
     [
