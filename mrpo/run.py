@@ -21,7 +21,7 @@ from mrpo.data.order import batch_indices, steps_for
 from mrpo.data.targets import explained
 from mrpo.errors import UserError
 from mrpo.evaluated import read_evaluated, write_evaluated
-from mrpo.evaluation import Evaluation, evaluate, validation_metrics
+from mrpo.evaluation import Evaluation, evaluate, num_unjudged, validation_metrics
 from mrpo.help import config_help
 from mrpo.judge import Judge, make_judge
 from mrpo.judge.stats import merge_stats
@@ -183,6 +183,11 @@ def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) ->
                     engine=engine,
                     scorer=scorer,
                     progress=stage.advance,
+                )
+            if unjudged := num_unjudged(found.samples):
+                log.message(
+                    f"evaluation ({name}): {unjudged:,} of {len(found.samples):,} completions stayed unjudged; only "
+                    "accuracy counts them"
                 )
             return found
 
