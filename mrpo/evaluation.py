@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from mrpo.backbones import Processor
 from mrpo.config import Config
 from mrpo.quantities import fully_valid, is_in_stage
-from mrpo.records import EvaluatedSample, Example, ScoredCompletion, Verdict
+from mrpo.records import Completion, EvaluatedSample, Example, ScoredCompletion, Verdict
 from mrpo.rollout import RolloutEngine, SamplingParams
 from mrpo.runtime import Runtime
 from mrpo.samples import sample_record
-from mrpo.scoring import Scorer, check_judged, make_groups
+from mrpo.scoring import PendingScore, Scorer, check_judged
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def evaluate(
 ) -> Evaluation:
     """One greedy completion per question. Every process must call this; all get the whole outcome.
 
-    `progress` is told how many questions of all processes were finished since the last call.
+    A completion goes to the judge the moment its generation ends. `progress` is told how many questions of all
+    processes were answered since the last call.
 
     Raises:
         UserError: more completions stayed unjudged than `judge.max_unjudged` allows: figures over the few that are left
@@ -45,14 +47,20 @@ def evaluate(
     """
     mine = [examples[i] for i in range(runtime.rank, len(examples), runtime.world_size)]
     params = SamplingParams(num_completions=1, max_tokens=config.rollout.max_tokens, temperature=0.0)
-    scored: list[ScoredCompletion] = []
-    # Every process takes part in every round, with nothing to do in its last one perhaps: weights may be gathered.
+    pending: dict[int, PendingScore] = {}
+
+    def judge(start: int, prompt: int, _: int, completion: Completion) -> None:
+        pending[start + prompt] = scorer.submit(mine[start + prompt], completion)
+
+    # Every process takes part in every round, with nothing to do in its last one perhaps: weights may be gathered. No
+    # round waits for the verdicts of another.
     per_round = config.rollout.batch_size * runtime.world_size
     for first in range(0, len(examples), per_round):
-        part = mine[first // runtime.world_size :][: config.rollout.batch_size]
-        prompts = [processor.encode_prompt(example) for example in part]
-        scored += scorer.score(make_groups(part, prompts, engine.generate(prompts, params)))
+        start = first // runtime.world_size
+        prompts = [processor.encode_prompt(example) for example in mine[start:][: config.rollout.batch_size]]
+        engine.generate(prompts, params, partial(judge, start))
         progress(min(per_round, len(examples) - first))
+    scored = scorer.collect([pending[place] for place in range(len(mine))])
     outcomes = list(zip(mine, scored, strict=True))
     parts = runtime.gather_objects([_evaluated(example, item, config) for example, item in outcomes])
     samples = [parts[i % runtime.world_size][i // runtime.world_size] for i in range(len(examples))]

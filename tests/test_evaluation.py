@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ class Copier:
 
     def generate(self, prompts: Sequence[Example], params: Any, on_done: Any = None) -> list[list[Completion]]:
         groups = [[Completion((), f"<answer>{example.answer}</answer>", "stop")] for example in prompts]
-        for place, (completion,) in enumerate(groups):
+        for place, (completion,) in reversed(list(enumerate(groups))):
             if on_done is not None:
                 on_done(place, 0, completion)
         return groups
@@ -48,6 +48,28 @@ class JudgeOfSome(EmbeddedJudge):
 
     def judge_one(self, request: JudgeRequest) -> Verdict | Unjudged:
         return Unjudged("rate limit") if request.example.id in self.unjudged else Verdict(())
+
+
+class JudgeOfAll(JudgeOfSome):
+    """Writes down how many questions it had been asked when somebody waited for a verdict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_asked = 0
+        self.asked_when_awaited: set[int] = set()
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict | Unjudged]:
+        judge = self
+
+        class Awaited(Future[Verdict | Unjudged]):
+            def result(self, timeout: float | None = None) -> Verdict | Unjudged:
+                judge.asked_when_awaited.add(judge.num_asked)
+                return super().result(timeout)
+
+        self.num_asked += 1
+        verdict = Awaited()
+        verdict.set_result(self.judge_one(request))
+        return verdict
 
 
 def evaluate_with(judge: EmbeddedJudge, *, limit: float, num_processes: int = 2) -> list[Evaluation]:
@@ -79,6 +101,12 @@ def test_all_processes_get_the_outcome_of_all_questions_in_their_order(num_proce
         assert [sample.question_id for sample in found.samples] == [example.id for example in EXAMPLES]
         assert [sample.validity for sample in found.samples] == [(), None, (), None, ()]
         assert all(sample.correct for sample in found.samples)
+
+
+def test_no_verdict_is_waited_for_before_all_questions_are_answered() -> None:
+    judge = JudgeOfAll()
+    evaluate_with(judge, limit=0.0, num_processes=1)
+    assert judge.asked_when_awaited == {5}
 
 
 def test_an_evaluation_with_too_few_verdicts_is_refused_with_the_judges_reason() -> None:
