@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mrpo.config import CheckpointConfig, Packing
+from mrpo.config import CheckpointConfig, OptimConfig, Packing
 from mrpo.errors import UserError
 from mrpo.runtime import Runtime
 from mrpo.whole_files import flush_folder, flush_tree
@@ -118,6 +118,22 @@ def checkpoints(folder: Path) -> list[tuple[Path, TrainerState]]:
     """The whole checkpoints in `folder`, oldest first."""
     paths = sorted(folder.glob("step-*")) if folder.is_dir() else []
     return [(path, TrainerState(**json.loads((path / _STATE).read_text()))) for path in paths]
+
+
+def check_steps(folder: Path, optim: OptimConfig, total_steps: int) -> None:
+    """Refuses to continue the run with checkpoints in `folder` as one of `total_steps`, fewer than it has done.
+
+    Its policy would be exported and evaluated as that of a shorter run.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    found = checkpoints(folder)
+    if found and total_steps < (done := found[-1][1].step):
+        asked = f"optim.steps={total_steps} is"
+        if optim.steps is None:
+            asked = f"optim.epochs={optim.epochs:g} makes {total_steps} steps, which is"
+        raise UserError(f"--resume: {asked} below the {done} steps that are done; ask for {done} or more")
 
 
 def checkpoints_to_keep(found: Sequence[tuple[Path, TrainerState]], config: CheckpointConfig) -> set[Path]:

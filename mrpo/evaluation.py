@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from mrpo.backbones import Processor
 from mrpo.config import Config
 from mrpo.quantities import fully_valid, is_in_stage
-from mrpo.records import EvaluatedSample, Example, ScoredCompletion, Verdict
+from mrpo.records import Completion, EvaluatedSample, Example, ScoredCompletion, Verdict
 from mrpo.rollout import RolloutEngine, SamplingParams
 from mrpo.runtime import Runtime
 from mrpo.samples import sample_record
-from mrpo.scoring import Scorer, make_groups
+from mrpo.scoring import PendingScore, Scorer, check_judged
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,40 @@ def evaluate(
 ) -> Evaluation:
     """One greedy completion per question. Every process must call this; all get the whole outcome.
 
-    `progress` is told how many questions of all processes were finished since the last call.
+    A completion goes to the judge the moment its generation ends. `progress` is told how many questions of all
+    processes were answered since the last call.
+
+    Raises:
+        UserError: more completions stayed unjudged than `judge.max_unjudged` allows: figures over the few that are left
+            would pass for those of all.
     """
     mine = [examples[i] for i in range(runtime.rank, len(examples), runtime.world_size)]
     params = SamplingParams(num_completions=1, max_tokens=config.rollout.max_tokens, temperature=0.0)
-    samples: list[EvaluatedSample] = []
-    shown: list[dict[str, Any]] = []
-    # Every process takes part in every round, with nothing to do in its last one perhaps: weights may be gathered.
+    pending: dict[int, PendingScore] = {}
+
+    def judge(start: int, prompt: int, _: int, completion: Completion) -> None:
+        pending[start + prompt] = scorer.submit(mine[start + prompt], completion)
+
+    # Every process takes part in every round, with nothing to do in its last one perhaps: weights may be gathered. No
+    # round waits for the verdicts of another.
     per_round = config.rollout.batch_size * runtime.world_size
     for first in range(0, len(examples), per_round):
-        part = mine[first // runtime.world_size :][: config.rollout.batch_size]
-        prompts = [processor.encode_prompt(example) for example in part]
-        scored = scorer.score(make_groups(part, prompts, engine.generate(prompts, params)))
-        samples += [_evaluated(example, item, config) for example, item in zip(part, scored, strict=True)]
-        shown += [sample_record(example, item) for example, item in zip(part, scored, strict=True)]
+        start = first // runtime.world_size
+        prompts = [processor.encode_prompt(example) for example in mine[start:][: config.rollout.batch_size]]
+        engine.generate(prompts, params, partial(judge, start))
         progress(min(per_round, len(examples) - first))
-    parts = runtime.gather_objects(samples)
-    ordered = [parts[i % runtime.world_size][i // runtime.world_size] for i in range(len(examples))]
-    return Evaluation(ordered, shown[: config.log.samples])
+    scored = scorer.collect([pending[place] for place in range(len(mine))])
+    outcomes = list(zip(mine, scored, strict=True))
+    parts = runtime.gather_objects([_evaluated(example, item, config) for example, item in outcomes])
+    samples = [parts[i % runtime.world_size][i // runtime.world_size] for i in range(len(examples))]
+    unjudged = num_unjudged(samples) / max(1, len(samples))
+    check_judged(unjudged, scored, "an evaluation's completions", config.judge, runtime)
+    return Evaluation(samples, [sample_record(*outcome) for outcome in outcomes[: config.log.samples]])
+
+
+def num_unjudged(samples: Sequence[EvaluatedSample]) -> int:
+    """How many completions have no verdict."""
+    return sum(sample.validity is None for sample in samples)
 
 
 def validation_metrics(samples: Sequence[EvaluatedSample]) -> dict[str, float]:

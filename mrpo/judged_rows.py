@@ -10,11 +10,10 @@ import torch
 from mrpo import algorithms
 from mrpo.batching import Row
 from mrpo.config import Config
-from mrpo.errors import UserError
-from mrpo.records import ScoredCompletion, Unjudged
+from mrpo.records import ScoredCompletion
 from mrpo.runtime import Runtime
 from mrpo.sampling import Sampled
-from mrpo.scoring import COLUMNS, Scorer, columns, score_table
+from mrpo.scoring import COLUMNS, Scorer, check_judged, columns, score_table
 from mrpo.shaping import token_advantages
 from mrpo.stopwatch import Stopwatch
 
@@ -67,7 +66,8 @@ class JudgedRows:
             if is_last:
                 self.scored = [found[i] for i in range(len(self.rows))]
                 self.table = columns(self.runtime.gather_rows(own_scores))
-                _check_judged(self.table["unjudged"], self.scored, self.config, self.runtime)
+                unjudged = self.table["unjudged"].mean().item()
+                check_judged(unjudged, self.scored, "a step's completions", self.config.judge, self.runtime)
             yield self._with_advantages(places, scored, scores if by_group else None), is_last
 
     def _judged(self, waiting: Sequence[int]) -> list[int]:
@@ -95,24 +95,3 @@ class JudgedRows:
         shape = (-1, self.config.rollout.group_size)
         parts = (table[name].view(shape) for name in ("answer", "process", "length"))
         return algorithms.advantages(self.config, *parts).flatten()
-
-
-def _check_judged(unjudged: torch.Tensor, scored: Sequence[ScoredCompletion], config: Config, runtime: Runtime) -> None:
-    """Refuses a step of which the judge told too little. Every process must call this.
-
-    Args:
-        unjudged: (B,) of the global batch, 1 where a completion has no verdict.
-        scored: the completions of this process.
-
-    Raises:
-        UserError: their share is above `judge.max_unjudged`.
-    """
-    share, limit = unjudged.mean().item(), config.judge.max_unjudged
-    if share > limit:
-        reasons = [item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged)]
-        # The process that tells it may have had an answer to every request of its own.
-        told = next(reason for reason in runtime.gather_objects(next(iter(reasons), None)) if reason)
-        raise UserError(
-            f"the judge left {share:.0%} of a step's completions unjudged, above judge.max_unjudged={limit:.0%}: "
-            f"{told}; mend the judge and go on with --resume, which asks again for what is missing"
-        )

@@ -14,14 +14,14 @@ from functools import partial
 
 from mrpo.arguments import add_config
 from mrpo.backbones import Processor, load_model, load_processor
-from mrpo.checkpoint import CheckpointStore
+from mrpo.checkpoint import CheckpointStore, check_steps
 from mrpo.config import Config
 from mrpo.data import load_dataset
 from mrpo.data.order import batch_indices, steps_for
 from mrpo.data.targets import explained
 from mrpo.errors import UserError
 from mrpo.evaluated import read_evaluated, write_evaluated
-from mrpo.evaluation import Evaluation, evaluate, validation_metrics
+from mrpo.evaluation import Evaluation, evaluate, num_unjudged, validation_metrics
 from mrpo.help import config_help
 from mrpo.judge import Judge, make_judge
 from mrpo.judge.stats import merge_stats
@@ -39,6 +39,7 @@ from mrpo.settings import load_config
 from mrpo.telemetry import RunLog, require_packages
 from mrpo.trainer import Trainer
 
+CHECKPOINTS = "checkpoints"  # folder
 ALONE_AFTER = 10.0  # seconds
 # Of the judge's metrics, those that add up to what a run has spent.
 _COSTS = ("judge/requests", "judge/tokens_in", "judge/tokens_out", "judge/cost_usd")
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         config = load_config(options.config, options.overrides)
         check_folder(config, resume=options.resume, overwrite=options.overwrite)
         inputs = load_inputs(config)
+        if options.resume:
+            check_steps(config.output_dir / CHECKPOINTS, config.optim, inputs.total_steps)
         runtime = Runtime.start(config.seed)
         status = train(config, inputs, runtime, resume=options.resume, overwrite=options.overwrite)
     except UserError as error:
@@ -152,7 +155,7 @@ def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) ->
     stop = _StopOnSigterm()
     processor = inputs.processor
     policy = Policy(load_model(config.model), processor, config, runtime)
-    store = CheckpointStore(config.output_dir / "checkpoints", config.checkpoint, runtime)
+    store = CheckpointStore(config.output_dir / CHECKPOINTS, config.checkpoint, runtime)
     state = store.load_latest(policy.engine) if resume else None
     if state and config.update.packing == "auto":  # other rows might choose otherwise, and round otherwise
         policy.packing = state.packing
@@ -182,6 +185,11 @@ def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) ->
                     engine=engine,
                     scorer=scorer,
                     progress=stage.advance,
+                )
+            if unjudged := num_unjudged(found.samples):
+                log.message(
+                    f"evaluation ({name}): {unjudged:,} of {len(found.samples):,} completions stayed unjudged; only "
+                    "accuracy counts them"
                 )
             return found
 

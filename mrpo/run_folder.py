@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,12 +37,13 @@ _WRITTEN = (
 )  # fmt: skip
 # Every version writes these keys of a configuration, and what else has a config.yaml lacks some of them.
 _MARKS = {"algorithm", "output_dir", "model", "data", "rollout", "reward", "judge", "optim"}
-# Fields that may change when a run is continued: they do not touch what it computes.
+# Fields that may change when a run is continued: they do not touch what it computes. A judge of one's own may have
+# moved, as servers do from job to job; verdicts are kept under their endpoint, so one at another URL is asked anew.
 _MAY_CHANGE = (
     "output_dir", "checkpoint", "log", "eval", "update", "optim.steps", "optim.epochs", "optim.micro_batch_size",
-    *(f"judge.{name}" for name in sorted(JUDGE_TRANSPORT)),
+    *(f"judge.{name}" for name in ("base_url", *sorted(JUDGE_TRANSPORT))),
     *(f"rollout.{name}" for name in ("servers", "server_timeout", "sync_group", "sync_folder")),
-    "rollout.gpu_memory", "rollout.sleep_level",
+    "rollout.batch_size", "rollout.gpu_memory", "rollout.sleep_level",
 )  # fmt: skip
 
 
@@ -89,13 +93,16 @@ def prepared_folder(
     """`output_dir` with the run's configuration, and with no other run in it until the block ends.
 
     Every process must call this. The main one holds the folder's lock, removes the run that is overwritten, and writes
-    the configuration.
+    the configuration; the others see it within `patience` seconds, or they are on a host that does not share the
+    folder, where their part of a checkpoint would be lost.
 
     Raises:
-        UserError: see `check_folder`; another run has used the folder for `patience` seconds; it cannot be written.
+        UserError: see `check_folder`; another run has used the folder for `patience` seconds; it cannot be written;
+            hosts do not share it.
     """
     if not runtime.is_main:
         runtime.barrier()
+        _check_shared(config.output_dir, runtime, patience)
         yield
         return
     folder = config.output_dir
@@ -115,6 +122,7 @@ def prepared_folder(
         except OSError as error:
             raise _unwritable(folder, error) from None
         runtime.barrier()
+        _check_shared(folder, runtime, patience)
         yield
 
 
@@ -128,6 +136,36 @@ def remove_run(folder: Path) -> None:
     for path in list(folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in _WRITTEN):
             remove_path(path)
+
+
+def _check_shared(folder: Path, runtime: Runtime, patience: float) -> None:
+    """Refuses hosts that do not see what the main process has written. Every process must call this.
+
+    Raises:
+        UserError: names them.
+    """
+    missing = None if _appears(folder, CONFIG, patience) else platform.node()
+    hosts = sorted({host for host in runtime.gather_objects(missing) if host is not None})
+    if hosts:
+        raise UserError(
+            f"output_dir={folder} is another folder on {', '.join(hosts)}; name one on a file system that all hosts of "
+            "the run share"
+        )
+
+
+def _appears(folder: Path, name: str, patience: float) -> bool:
+    """Whether a file is in `folder` within `patience` seconds: network file systems show it late to other hosts.
+
+    The folder is listed, as they may remember of a name that was looked up before that it is not there.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        with suppress(OSError):
+            if name in os.listdir(folder):
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
 
 
 def _is_of_a_run(path: Path) -> bool:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from mrpo.algorithms import fill_unjudged
-from mrpo.config import Config, RewardConfig
+from mrpo.config import Config, JudgeConfig, RewardConfig
+from mrpo.errors import UserError
 from mrpo.judge import Judge, gold_rationale
 from mrpo.judge.stats import overlap
 from mrpo.metrics import failure_accumulation_rate, failure_stage, first_failure_point
 from mrpo.records import Completion, Example, Group, JudgeRequest, ScoredCompletion, Step, Unjudged, Verdict
 from mrpo.rewards import AnswerReward, Rewards, length_reward, process_reward
+from mrpo.runtime import Runtime
 from mrpo.steps import extract_answer, find_steps
 
 PARTS = ("symbolic", "rouge1", "bleu1", "bertscore")
@@ -154,6 +156,29 @@ def collect_scores(
         )
         scored.append(ScoredCompletion(item.completion, item.answer, item.steps, verdict, rewards))
     return scored, waited
+
+
+def check_judged(
+    share: float, scored: Sequence[ScoredCompletion], what: str, config: JudgeConfig, runtime: Runtime
+) -> None:
+    """Refuses completions of which the judge told too little. Every process must call this.
+
+    Args:
+        share: of the completions of all processes, how many have no verdict.
+        scored: the completions of this process.
+        what: whose completions they are, for the message.
+
+    Raises:
+        UserError: `share` is above `judge.max_unjudged`.
+    """
+    if share > config.max_unjudged:
+        reasons = [item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged)]
+        # The process that tells it may have had an answer to every request of its own.
+        told = next(reason for reason in runtime.gather_objects(next(iter(reasons), None)) if reason)
+        raise UserError(
+            f"the judge left {share:.0%} of {what} unjudged, above judge.max_unjudged={config.max_unjudged:.0%}: "
+            f"{told}; mend the judge and go on with --resume, which asks again for what is missing"
+        )
 
 
 def score_table(scored: Sequence[ScoredCompletion], tau: float) -> torch.Tensor:

@@ -13,6 +13,9 @@ import pytest
 from judge_server import Answer, completion, running_server, verdict
 from launching import TRAIN, launch, read_metrics, train
 
+from mrpo.evaluated import read_evaluated
+from mrpo.evaluation import num_unjudged
+
 ARGUMENTS = (
     "optim.batch_size=16",
     "rollout.group_size=4",
@@ -94,3 +97,30 @@ def test_a_run_stops_when_its_judge_fails_and_goes_on_when_it_is_back(
         mended.set()
         train(*arguments, "--resume")
     assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]
+
+
+def test_an_evaluation_without_its_judge_ends_the_run_and_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    mended = threading.Event()
+    run = tmp_path / "run"
+
+    def otherwise(record: dict[str, Any], attempt: int) -> Answer:
+        if mended.is_set() or not (run / "policy").exists():
+            return verdict(record)
+        return 503, {}, '{"error": {"message": "out of order"}}'
+
+    with running_server() as server:
+        server.otherwise = otherwise
+        arguments = [
+            f"output_dir={run}", *ARGUMENTS, "eval.at_end=true", "data.eval_size=6", "optim.steps=1",
+            f"judge.base_url={server.url}", "judge.retries=0", "judge.breaker_patience=0",
+        ]  # fmt: skip
+        stopped = launch(TRAIN, arguments)
+        assert stopped.returncode != 0
+        assert "100% of an evaluation's completions unjudged, above judge.max_unjudged=50%" in stopped.stderr
+        assert not (run / "evaluation-after.json").exists()
+        mended.set()
+        train(*arguments, "--resume")
+    assert num_unjudged(read_evaluated(run / "evaluation-after.json")) == 0

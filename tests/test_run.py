@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from mrpo.data.phantom import PhantomDataset
 from mrpo.data.targets import explained
 from mrpo.data.vqa_rad import IMAGES, QUESTIONS
 from mrpo.errors import UserError
-from mrpo.run import load_inputs, parse
+from mrpo.run import load_inputs, main, parse
 from mrpo.run_folder import remove_run
-from mrpo.settings import load_config
+from mrpo.runtime import Runtime
+from mrpo.settings import load_config, to_yaml
 
 
 def inputs_error(tiny_policy: Path, *overrides: str) -> str:
@@ -143,6 +145,34 @@ def test_test_questions_are_needed_only_where_an_evaluation_asks_for_them(tiny_p
     off = [f"model.path={tiny_policy}", *settings, "eval.at_start=false", "eval.at_end=false"]
     inputs = load_inputs(load_config(None, off))
     assert (len(inputs.train_set), inputs.eval_set, inputs.validation_set) == (1, (), ())
+
+
+def test_a_run_is_not_continued_as_a_shorter_one(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"output_dir={tmp_path}", f"model.path={tiny_policy}", "data.train_size=16"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, arguments)))
+    for step in (2, 4):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"step": step, "score": 0.0, "world_size": 1}))
+
+    def end(status: int) -> NoReturn:
+        raise SystemExit(status)
+
+    def start(seed: int) -> NoReturn:
+        raise UserError("it starts")
+
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr(Runtime, "start", start)
+    for overrides, told in (
+        (["optim.steps=3"], "optim.steps=3 is below the 4 steps that are done"),
+        (["optim.steps=null", "optim.epochs=3"], "optim.epochs=3 makes 3 steps, which is below the 4 steps"),
+        (["optim.steps=4"], "it starts"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, *overrides, "--resume"])
+        assert told in capsys.readouterr().err
 
 
 def test_bad_input_ends_the_launcher_with_a_message(tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from thread_processes import Meeting
 
 from mrpo.config import Config
 from mrpo.errors import UserError
@@ -21,6 +25,22 @@ class Alone(Runtime):
 
     def barrier(self) -> None:
         pass
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        return [item]
+
+
+class Host(Runtime):
+    """One of the processes, which are threads here."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(rank, meeting.size, torch.device("cpu"), meeting)
+
+    def barrier(self) -> None:
+        self.group.gather(self.rank, None)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        return self.group.gather(self.rank, item)
 
 
 ALONE = Alone(0, 1, torch.device("cpu"))
@@ -66,6 +86,16 @@ def test_an_existing_run_is_neither_mixed_nor_lost(tmp_path: Path) -> None:
     other = config_in(tmp_path, "optim.lr=0.5", "log.samples=9")
     with pytest.raises(UserError, match=r"optim\.lr=0\.5 \(was 0\.0001\)$"):
         check_folder(other, resume=True, overwrite=False)
+
+
+def test_a_run_goes_on_with_smaller_batches_of_completions_and_a_judge_that_has_moved(tmp_path: Path) -> None:
+    judge = ("judge.kind=openai", "judge.model=m")
+    prepare(config_in(tmp_path, *judge, "judge.base_url=http://node-1:8000/v1"))
+    moved = (*judge, "judge.base_url=http://node-2:8000/v1", "rollout.batch_size=16")
+    prepare(config_in(tmp_path, *moved), resume=True)
+    assert load_config(tmp_path / "config.yaml") == config_in(tmp_path, *moved)
+    with pytest.raises(UserError, match=r"judge\.model=other \(was m\)$"):
+        prepare(config_in(tmp_path, *moved, "judge.model=other"), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +207,38 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds a run"):
         prepare(config)
     prepare(config, resume=True)
+
+
+def test_hosts_that_do_not_share_the_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three processes two see the same disk; each tells what it met."""
+    names = threading.local()
+    monkeypatch.setattr("platform.node", lambda: names.host)
+    meeting = Meeting(3)
+
+    def begin(rank: int, disk: str) -> str:
+        names.host = f"host-of-{disk}"
+        (tmp_path / disk).mkdir(exist_ok=True)
+        config = config_in(tmp_path / disk / "run")
+        try:
+            with prepared_folder(config, Host(rank, meeting), resume=False, overwrite=False, patience=0.2):
+                return "it goes on"
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as threads:
+        told = list(threads.map(begin, range(3), ["shared", "shared", "local"]))
+        assert all("run is another folder on host-of-local; name one on a file" in text for text in told)
+        (tmp_path / "new").mkdir()
+        assert list(threads.map(begin, range(3), ["new"] * 3)) == ["it goes on"] * 3
+
+
+def test_a_configuration_that_a_network_shows_late_is_waited_for(tmp_path: Path) -> None:
+    timer = threading.Timer(0.2, prepare, [config_in(tmp_path)])
+    timer.start()
+    second = Alone(1, 2, torch.device("cpu"))
+    with prepared_folder(config_in(tmp_path), second, resume=False, overwrite=False, patience=30):
+        assert (tmp_path / "config.yaml").is_file()
+    timer.join()
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

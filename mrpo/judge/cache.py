@@ -52,7 +52,7 @@ class VerdictCache:
 
     The file keeps SQLite's rollback journal: write-ahead logging needs memory that processes share, which network file
     systems do not give. Every use opens the file anew, so that the object may cross a fork or a thread. Every use
-    raises a UserError if the folder cannot be written, or the file is no such cache.
+    raises a UserError if the folder or the file cannot be written, or the file is no such cache.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,7 +86,7 @@ class VerdictCache:
         except OSError as error:
             raise UserError(f"{self._path.parent}: {error.strerror}; name a folder that can be written") from None
         except sqlite3.Error as error:
-            raise UserError(f"{self._path}: {error}; delete the file, or name another folder for the cache") from None
+            raise UserError(f"{self._path}: {error}; {_remedy(error)}name another folder for the cache") from None
 
 
 class CachedJudge:
@@ -222,6 +222,20 @@ class _Lookup(Generic[Request, Result]):
         else:
             for futures, _, asked in batch:
                 _hand_over(futures, asked)
+
+
+def _remedy(error: sqlite3.Error) -> str:
+    """What else than to take another folder helps with a cache that cannot be used.
+
+    Only a file that is no database, or a broken one, is to be deleted.
+    """
+    if not isinstance(error, sqlite3.OperationalError):
+        return "delete the file, or "
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without SQLite's finer distinctions
+    if code == sqlite3.SQLITE_ERROR:
+        return "this is a database of something else: "
+    remedies = {sqlite3.SQLITE_FULL: "make room on its disk", sqlite3.SQLITE_BUSY: "end the process that has locked it"}
+    return f"the verdicts in it are kept: {remedies.get(code, 'let it be read and written')}, or "
 
 
 def _drain(items: deque[Item]) -> list[Item]:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mrpo.estimates import Estimate, estimate_difference, estimate_mean, question_ids, sum_by_question
+from mrpo.estimates import Estimate, Floats, estimate_difference, estimate_mean, question_ids, sum_by_question
 from mrpo.metrics import first_failure_stage
 from mrpo.quantities import far, fully_valid
 from mrpo.records import EvaluatedSample
@@ -34,16 +36,33 @@ class Row:
 
 
 @dataclass(frozen=True)
+class NumJudged:
+    """Of how many questions a completion was judged: before, after, and both times."""
+
+    before: int
+    after: int
+    both: int
+
+
+@dataclass(frozen=True)
 class BeforeAfter:
     """The rows and what they rest on; rendered for the terminal, as Markdown and as JSON."""
 
     rows: tuple[Row, ...]
     num_questions: int
+    num_judged: NumJudged
     level: float
 
     @property
     def caption(self) -> str:
-        return f"{self.num_questions:,} held-out questions; {100 * self.level:g} % bootstrap intervals over questions"
+        judged = self.num_judged
+        told = f"{self.num_questions:,} held-out questions"
+        if judged.both < self.num_questions:
+            told += (
+                f", of which {judged.before:,} were judged before, {judged.after:,} after and {judged.both:,} both "
+                f"times; differences of judged figures are over these {judged.both:,}"
+            )
+        return f"{told}; {100 * self.level:g} % bootstrap intervals over questions"
 
     def to_rich(self) -> Table:
         """For the terminal: a difference whose interval excludes zero is green (better) or red (worse)."""
@@ -73,7 +92,8 @@ class BeforeAfter:
             row.key: {"before": asdict(row.before), "after": asdict(row.after), "difference": asdict(row.difference)}
             for row in self.rows
         }
-        return {"num_questions": self.num_questions, "level": self.level, **figures}
+        counts = {"num_questions": self.num_questions, "num_judged": asdict(self.num_judged)}
+        return {**counts, "level": self.level, **figures}
 
     def write(self, output_dir: Path) -> None:
         """Write OUTPUT_DIR/summary.md and summary.json."""
@@ -94,6 +114,8 @@ def before_after_table(
 
     Intervals are percentile bootstrap intervals over questions; that of the difference is paired. A figure without
     any completion that defines it (early share of failures when nothing failed) is undefined, as is its difference.
+    Where the judge left questions out, it may have been hard ones: the difference of a figure that rests on verdicts is
+    taken over the questions judged both times.
 
     Raises:
         ValueError: the two evaluations are empty or not of the same questions.
@@ -103,10 +125,13 @@ def before_after_table(
         differing = set(questions) ^ set(question_ids(after))
         raise ValueError(f"before and after must be of the same questions, at least one; {len(differing)} differ")
     how: dict[str, Any] = {"seed": seed, "level": level, "resamples": resamples}
+    judged_before, judged_after = _judged(before, questions), _judged(after, questions)
+    judged_twice = judged_before & judged_after
     rows = []
     for key, name, over, percent, higher_is_better, quantity in _FIGURES:
         sums_before = sum_by_question(before, questions, quantity)
         sums_after = sum_by_question(after, questions, quantity)
+        compared = np.ones_like(judged_twice) if quantity is _accuracy else judged_twice
         rows.append(
             Row(
                 key,
@@ -116,10 +141,22 @@ def before_after_table(
                 higher_is_better,
                 before=estimate_mean(*sums_before, **how),
                 after=estimate_mean(*sums_after, **how),
-                difference=estimate_difference(sums_before, sums_after, **how),
+                difference=estimate_difference(_only(compared, sums_before), _only(compared, sums_after), **how),
             )
         )
-    return BeforeAfter(tuple(rows), len(questions), level)
+    num_judged = NumJudged(*(int(judged.sum()) for judged in (judged_before, judged_after, judged_twice)))
+    return BeforeAfter(tuple(rows), len(questions), num_judged, level)
+
+
+def _judged(samples: Sequence[EvaluatedSample], questions: Sequence[str]) -> NDArray[np.bool_]:
+    """(Q,) whether a completion of the question was judged."""
+    judged = {sample.question_id for sample in samples if sample.validity is not None}
+    return np.array([question in judged for question in questions])
+
+
+def _only(kept: NDArray[np.bool_], sums: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+    """The sums and counts of `sum_by_question`, nothing in those of the other questions."""
+    return sums[0] * kept, sums[1] * kept
 
 
 def _accuracy(sample: EvaluatedSample) -> float | None:

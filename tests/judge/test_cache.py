@@ -177,6 +177,41 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
         VerdictCache(tmp_path / FILE_NAME / "inner").find(["key"])
 
 
+def test_a_full_disk_costs_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    VerdictCache(tmp_path).add({"paid": 1})
+    connect = sqlite3.connect
+
+    def connect_to_full_disk(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*args, **options)
+        connection.execute("PRAGMA max_page_count = 1")  # which SQLite raises to the pages that there are
+        return connection
+
+    with monkeypatch.context() as context:
+        context.setattr("sqlite3.connect", connect_to_full_disk)
+        with pytest.raises(UserError, match=rf"{FILE_NAME}: .*is full; the verdicts in it are kept: make room") as told:
+            VerdictCache(tmp_path).add({"next": "long " * 10_000})
+    assert "delete" not in str(told.value)
+    assert VerdictCache(tmp_path).find(["paid", "next"]) == {"paid": 1}
+
+
+def test_a_locked_file_costs_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mrpo.judge.cache._LOCK_SECONDS", 0.05)
+    VerdictCache(tmp_path).add({"paid": 1})
+    with closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match=rf"{FILE_NAME}: .*locked; the verdicts in it are kept: end the") as told:
+            VerdictCache(tmp_path).add({"next": 2})
+    assert "delete" not in str(told.value)
+    assert VerdictCache(tmp_path).find(["paid", "next"]) == {"paid": 1}
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as other:
+        other.execute("CREATE TABLE verdicts (of_a_court TEXT)")
+    with pytest.raises(UserError, match=r"no such column.* of something else: name another"):
+        VerdictCache(tmp_path).find(["key"])
+
+
 class HeldJudge(CountingJudge):
     """Gives its verdicts when it is let to."""
 

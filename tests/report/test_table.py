@@ -59,7 +59,8 @@ def test_json_and_markdown_files(tmp_path):
     table = before_after_table(BEFORE, AFTER, level=0.9, resamples=50)
     table.write(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == ["num_questions", "level", *KEYS]
+    assert list(summary) == ["num_questions", "num_judged", "level", *KEYS]
+    assert summary["num_judged"] == {"before": 5, "after": 6, "both": 5}
     assert (summary["num_questions"], summary["level"]) == (6, 0.9)
     assert summary["far"]["after"] == summary["far"]["difference"] == {"value": None, "low": None, "high": None}
     assert set(summary["accuracy"]) == {"before", "after", "difference"}
@@ -68,7 +69,36 @@ def test_json_and_markdown_files(tmp_path):
     assert rows[2].startswith("| answer accuracy | greedy | 50.0 % [")
     assert "| +33.3 points [" in rows[2]
     assert rows[5].endswith("| – | – |")  # noqa: RUF001
-    assert "6 held-out questions; 90 % bootstrap" in rows[-1]
+    assert rows[-1] == (
+        "6 held-out questions, of which 5 were judged before, 6 after and 5 both times; differences of judged figures "
+        "are over these 5; 90 % bootstrap intervals over questions."
+    )
+
+
+def test_differences_are_over_the_questions_that_were_judged_both_times():
+    """The judge leaves out the two hard questions before, and an easy one after: what it told of both is the same."""
+    right, wrong = {"validity": (T, T), "reward": 2.0, "correct": T}, {"validity": (F, T, T), "reward": 0.0}
+    unjudged = {"validity": None, "reward": 1.0}
+    kinds = [(unjudged, wrong)] * 2 + [(wrong, wrong)] + [(right, right)] * 2 + [(right, unjudged)]
+    before = [sample(f"q{i}", **kind) for i, (kind, _) in enumerate(kinds)]
+    after = [sample(f"q{i}", **kind) for i, (_, kind) in enumerate(kinds)]
+    table = before_after_table(before, after, resamples=50)
+    assert {row.key: row.difference.value for row in table.rows} == {
+        "accuracy": pytest.approx(-1 / 6),
+        "early_of_all": 0.0,
+        "early_of_failures": 0.0,
+        "far": 0.0,
+        "reward": 0.0,
+        "fully_valid": 0.0,
+    }
+    assert (table.num_judged.before, table.num_judged.after, table.num_judged.both) == (4, 5, 3)
+    early = next(row for row in table.rows if row.key == "early_of_all")
+    assert (early.before.value, early.after.value) == pytest.approx((1 / 4, 3 / 5))
+
+
+def test_nothing_is_said_of_the_judge_where_it_told_of_every_question():
+    table = before_after_table(AFTER, AFTER, resamples=50)
+    assert table.caption == "6 held-out questions; 95 % bootstrap intervals over questions"
 
 
 def test_terminal_table_fits_80_columns_and_colours_what_is_sure():
