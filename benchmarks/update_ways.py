@@ -19,7 +19,7 @@ import torch
 from random_models import image_tokens_of, make_prompt, processor_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from mrpo.backbones import batch_images, to_device
+from mrpo.backbones import batch_images
 from mrpo.backbones.packed import use_packed_rows
 from mrpo.backbones.patches import embed_patches_by_product
 from mrpo.batching import DenseBatch, PackedBatch, Row, collate, pack
@@ -207,7 +207,7 @@ class Ways:
         return decoder + head + prompts * self._image_flops(rows[0])
 
     def _image_flops(self, row: Row) -> float:
-        images = to_device(batch_images([row.prompt]), self.device, self.dtype)
+        images = batch_images([row.prompt], self.device, self.dtype)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.processor.family.image_features(self.plain.model, images, {})
         return 3.0 * counter.get_total_flops()

@@ -114,9 +114,9 @@ def collate(rows: Sequence[Row], processor: Processor, device: torch.device, dty
         mask[i, :end] = 1
         types[i, :start] = row.prompt.token_type_ids
         predicting.append(i * length + torch.arange(start - 1, end - 1))
-    inputs = {"input_ids": input_ids, "attention_mask": mask, **batch_images([row.prompt for row in rows])}
-    inputs |= processor.family.forward_inputs(types)
-    return DenseBatch(**_tokens(rows, predicting, device), inputs=to_device(inputs, device, dtype))
+    inputs = {"input_ids": input_ids, "attention_mask": mask, **processor.family.forward_inputs(types)}
+    images = batch_images([row.prompt for row in rows], device, dtype)
+    return DenseBatch(**_tokens(rows, predicting, device), inputs=to_device(inputs, device, dtype) | images)
 
 
 def pack(
@@ -151,13 +151,14 @@ def pack(
             place += length
     padding = -place % multiple
     sizes = [(len(group[0].prompt.input_ids), [len(row.token_ids) for row in group]) for group in groups]
-    images = batch_images([group[0].prompt for group in groups])
-    plan = processor.family.vision_plan(core, images) if images else {}
+    prompts = [group[0].prompt for group in groups]
+    images = batch_images(prompts, device, dtype)
+    plan = processor.family.vision_plan(core, prompts) if images else {}
     row = PackedRow(
         input_ids=send(torch.cat([*input_ids, torch.zeros(padding, dtype=torch.long)])[None], device),
         position_ids=send(torch.nn.functional.pad(torch.cat(positions, dim=1), (0, padding))[:, None], device),
         layout=PrefixLayout.make(sizes, place + padding, device),
-        images=to_device(images, device, dtype),
+        images=images,
         vision_plan={k: send(v, device) if isinstance(v, torch.Tensor) else v for k, v in plan.items()},
         image_places=send(torch.cat(image_places), device),
     )

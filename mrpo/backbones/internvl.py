@@ -45,7 +45,7 @@ class InternVL:
     def prompt_positions(self, core: Any, prompt: EncodedPrompt) -> torch.Tensor:
         return torch.arange(len(prompt.input_ids))[None]
 
-    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def vision_plan(self, core: Any, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         return {}
 
     def image_features(self, core: Any, images: Mapping[str, torch.Tensor], plan: Mapping[str, Any]) -> ImageFeatures:

@@ -6,12 +6,13 @@ Images of any size become patches; a `merge_size` x `merge_size` block of patche
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from transformers.vision_utils import (
-    get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
     get_vision_window_index,
@@ -58,11 +59,14 @@ class QwenVL:
         )
         return positions[:, 0]
 
-    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        grid = images["image_grid_thw"]
-        starts = get_vision_cu_seqlens(grid)
-        positions = get_vision_position_ids(grid, core.visual.spatial_merge_size)
-        return {"position_ids": positions, "cu_seqlens": starts, "max_seqlen": _longest(starts)}
+    def vision_plan(self, core: Any, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+        grids = _grids(prompts)
+        lengths = [height * width for frames, height, width in grids.tolist() for _ in range(frames)]
+        return {
+            "position_ids": get_vision_position_ids(grids, core.visual.spatial_merge_size),
+            "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            "max_seqlen": max(lengths),
+        }
 
     def image_features(self, core: Any, images: Mapping[str, torch.Tensor], plan: Mapping[str, Any]) -> ImageFeatures:
         tower, pixels, grid = core.visual, images["pixel_values"], images["image_grid_thw"]
@@ -80,28 +84,43 @@ class Qwen25VL(QwenVL):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     think_tag: ClassVar[str] = "think"
 
-    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        tower, grid = core.visual, images["image_grid_thw"]
-        order, starts = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
-        windows = {"window_index": order, "cu_window_seqlens": starts, "max_window_seqlen": _longest(starts)}
-        return super().vision_plan(core, images) | windows
+    def vision_plan(self, core: Any, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+        tower = core.visual
+        sizes = tower.spatial_merge_size, tower.window_size, tower.patch_size
+        order, starts = get_vision_window_index(_grids(prompts), *sizes)
+        windows = {"window_index": order, "cu_window_seqlens": starts, "max_window_seqlen": int(starts.diff().max())}
+        return super().vision_plan(core, prompts) | windows
 
 
 class Qwen3VL(QwenVL):
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     think_tag: ClassVar[str] = "thinking"
 
-    def vision_plan(self, core: Any, images: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def vision_plan(self, core: Any, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
         tower = core.visual
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            images["image_grid_thw"],
-            tower.num_grid_per_side,
-            mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners,
-            spatial_merge_size=tower.spatial_merge_size,
-        )
-        return super().vision_plan(core, images) | {"interp_indices": indices, "interp_weights": weights}
+        table = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
+        images = [_interpolation(*grid, *table, tower.spatial_merge_size) for grid in _grids(prompts).tolist()]
+        indices, weights = (torch.cat(parts) for parts in zip(*images, strict=True))
+        return super().vision_plan(core, prompts) | {"interp_indices": indices, "interp_weights": weights}
 
 
-def _longest(starts: torch.Tensor) -> int:
-    return int(starts.diff().max())
+def _grids(prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
+    """(images, 3): frames, and patches along the height and the width of each."""
+    return torch.cat([prompt.images["image_grid_thw"] for prompt in prompts if prompt.images])
+
+
+@lru_cache(maxsize=256)
+def _interpolation(
+    frames: int, height: int, width: int, side: int, mode: str, align_corners: bool, merge_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(patches, taps) places in the (side, side) table of positions, and their weights, for one image.
+
+    It is kept, some 48 bytes a patch: a hundred small operations whose result depends on the image's size alone.
+    """
+    return get_vision_interpolation_indices_and_weights(
+        torch.tensor([[frames, height, width]]),
+        side,
+        mode=mode,
+        align_corners=align_corners,
+        spatial_merge_size=merge_size,
+    )

@@ -76,7 +76,7 @@ class HFEngine:
             choose = ExactSampler(params.temperature, seeds, size, model.device)
         decode(
             model,
-            to_device(self._inputs(prompts), model.device, model.dtype),
+            self._inputs(prompts),
             choose,
             copies=size,
             max_tokens=params.max_tokens,
@@ -89,16 +89,16 @@ class HFEngine:
         return [completions[i : i + size] for i in range(0, len(completions), size)]
 
     def _inputs(self, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-        """Of a forward pass over `prompts`, padded on the left."""
-        family, pad = self._processor.family, self._processor.tokenizer.pad_token_id
-        positions = _padded([family.prompt_positions(self._model.model, prompt) for prompt in prompts], 0, dim=1)
-        return {
+        """Of a forward pass over `prompts`, padded on the left, on the model's device."""
+        model, family, pad = self._model, self._processor.family, self._processor.tokenizer.pad_token_id
+        positions = _padded([family.prompt_positions(model.model, prompt) for prompt in prompts], 0, dim=1)
+        inputs = {
             "input_ids": _padded([prompt.input_ids for prompt in prompts], pad),
             "attention_mask": _padded([torch.ones_like(prompt.input_ids) for prompt in prompts], 0),
             "position_ids": positions if len(positions) > 1 else positions[0],
             **family.forward_inputs(_padded([prompt.token_type_ids for prompt in prompts], 0)),
-            **batch_images(prompts),
         }
+        return to_device(inputs, model.device, model.dtype) | batch_images(prompts, model.device, model.dtype)
 
     def _completion(self, token_ids: Sequence[int]) -> Completion:
         ended = token_ids[-1] in self._eos_ids

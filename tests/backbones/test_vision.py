@@ -1,4 +1,4 @@
-"""The vision towers of packed rows: all images in one call, and nothing read back from the device."""
+"""The vision towers' inputs, and the towers of packed rows: all images in one call, and nothing read back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from grouped_rows import make_groups
 from plain_varlen import PlainVarlen
 from tiny_models import TINY_FAMILIES
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
 
 from mrpo.backbones import attention, batch_images, load_model, load_processor
 from mrpo.backbones.packed import use_packed_rows
@@ -19,6 +20,7 @@ from mrpo.efficiency import vision_layers
 from mrpo.kernels import prefix_flash
 from mrpo.kernels.prefix_attention import compilations
 
+CPU = torch.device("cpu")
 Features = tuple[torch.Tensor, ...]
 
 
@@ -36,8 +38,8 @@ class Towers:
 
     def take(self, first: int) -> None:
         """From now on the images from the prompt `first` on."""
-        self.images = batch_images(self.prompts[first:])
-        self.plan = self.family.vision_plan(self.ours.model, self.images)
+        self.images = batch_images(self.prompts[first:], CPU, torch.float32)
+        self.plan = self.family.vision_plan(self.ours.model, self.prompts[first:])
 
     def features(self, model: Any, plan: dict[str, Any]) -> Features:
         found = self.family.image_features(model.model, self.images, plan)
@@ -125,6 +127,24 @@ def test_deepstack_features_are_added_where_masks_say(tiny_folder: Callable[[str
     truth = towers.plain.model.language_model._deepstack_process(hidden, mask, features)
     assert torch.equal(text._deepstack_process(hidden, mask, features), truth)
     assert torch.equal(text._deepstack_process(hidden, places, features), truth)
+
+
+def test_a_plan_is_that_of_transformers_whatever_was_planned_before(tiny_folder: Callable[[str], Path]) -> None:
+    towers = Towers(tiny_folder("qwen3_vl"))
+    tower = towers.ours.model.visual
+    for first in (0, 2, 0):
+        towers.take(first)
+        grids = towers.images["image_grid_thw"]
+        options = {"mode": tower.interpolation_mode, "align_corners": tower.interpolation_align_corners}
+        places, weights = get_vision_interpolation_indices_and_weights(
+            grids, tower.num_grid_per_side, **options, spatial_merge_size=tower.spatial_merge_size
+        )
+        starts = get_vision_cu_seqlens(grids)
+        for name, truth in {"interp_indices": places, "interp_weights": weights, "cu_seqlens": starts}.items():
+            assert towers.plan[name].dtype == truth.dtype
+            assert torch.equal(towers.plan[name], truth)
+        assert towers.plan["max_seqlen"] == starts.diff().max()
+        towers.plan["interp_weights"].fill_(0.0)  # a plan is its owner's
 
 
 def test_a_tower_with_its_plan_reads_nothing_back(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
