@@ -162,7 +162,7 @@ def _run(
     from update_ways import make_rows
 
     ways = _ways(backbone)
-    rows = make_rows(ways.plain.config, shape)
+    rows = make_rows(ways.plain.config, shape, ways.dtype)
     truth = [tensor.clone() for tensor in ways.gradients(ways.truth, rows)]
     steps = {name: partial(ways.gradients, way, rows) for name, way in _by_name(ways, variants=variants).items()}
     candidates: dict[str, Candidate] = {name: partial(_ready, step) for name, step in steps.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from random_models import image_tokens_of, make_prompt, processor_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from mrpo.backbones import batch_images
+from mrpo.backbones import batch_images, to_device
 from mrpo.backbones.packed import use_packed_rows
 from mrpo.backbones.patches import embed_patches_by_product
 from mrpo.batching import DenseBatch, PackedBatch, Row, collate, pack
@@ -73,14 +73,15 @@ class PlainEngine:
         loss.backward()
 
 
-def make_rows(config: Any, shape: Shape) -> list[Row]:
-    """Random prompts, completions and advantages; the loss is the mean over all tokens."""
+def make_rows(config: Any, shape: Shape, dtype: torch.dtype = torch.float32) -> list[Row]:
+    """Random prompts, completions and advantages; the loss is the mean over all tokens. Images in `dtype`."""
     generator = torch.Generator().manual_seed(0)
     vocab = config.get_text_config().vocab_size
     tokens = image_tokens_of(config, shape.image_tokens)
     rows = []
     for _ in range(shape.prompts):
-        prompt = make_prompt(config, tokens, shape.text_tokens, generator)
+        made = make_prompt(config, tokens, shape.text_tokens, generator)
+        prompt = replace(made, images=to_device(made.images, torch.device("cpu"), dtype))
         for _ in range(shape.group):
             token_ids = tuple(torch.randint(1, vocab * 9 // 10, (shape.length,), generator=generator).tolist())
             advantages = torch.randn(shape.length, generator=generator)

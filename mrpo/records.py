@@ -136,7 +136,7 @@ class EncodedPrompt:
     """A prompt ready for a model: token ids with image tokens expanded, and the image tensors of its family.
 
     input_ids: (T,) int64; token_type_ids: (T,) int64, 1 at image tokens; images: the vision tower's inputs, first
-    dimension over patches or tiles, so that prompts are batched by concatenation.
+    dimension over patches or tiles, so that prompts are batched by concatenation, in the dtype of the model.
 
     For engines that process images and expand their tokens themselves, `text_ids` is the prompt with one placeholder
     an image and `pictures` are the images, scaled down to the pixel limit; `message` is what the user says beside them.

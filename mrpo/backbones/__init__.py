@@ -80,6 +80,7 @@ def load_processor(config: Config) -> Processor:
         instruction=instruction,
         max_prompt_tokens=config.prompt.max_tokens,
         max_image_pixels=config.data.max_image_pixels,
+        image_dtype=getattr(torch, config.model.dtype),
     )
 
 

@@ -93,7 +93,11 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Processor:
-    """Family, tokenizer and image processor of one checkpoint: what turns examples into prompts and ids into text."""
+    """Family, tokenizer and image processor of one checkpoint: what turns examples into prompts and ids into text.
+
+    image_dtype: what the model computes in. Its vision tower begins with a cast to it, so that a prompt's images are
+    kept in it from the start: in bfloat16 half the bytes to keep and to send.
+    """
 
     family: Family
     tokenizer: Any
@@ -103,6 +107,7 @@ class Processor:
     instruction: str
     max_prompt_tokens: int
     max_image_pixels: int
+    image_dtype: torch.dtype
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -124,7 +129,8 @@ class Processor:
         text_ids, token_ids = self._token_ids(example, counts)
         input_ids = torch.tensor(token_ids)
         token_type_ids = (input_ids == self.model_config.image_token_id).long()
-        return EncodedPrompt(input_ids, token_type_ids, tensors, text_ids, pictures, self._message(example.question))
+        kept = to_device(tensors, torch.device("cpu"), self.image_dtype)
+        return EncodedPrompt(input_ids, token_type_ids, kept, text_ids, pictures, self._message(example.question))
 
     def count_prompt_tokens(self, example: Example) -> int:
         """The length of `encode_prompt(example).input_ids`, from the sizes of the images without decoding a pixel.

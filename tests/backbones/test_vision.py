@@ -15,6 +15,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpol
 
 from mrpo.backbones import attention, batch_images, load_model, load_processor
 from mrpo.backbones.packed import use_packed_rows
+from mrpo.batching import collate, pack
 from mrpo.config import Config
 from mrpo.efficiency import vision_layers
 from mrpo.kernels import prefix_flash
@@ -145,6 +146,32 @@ def test_a_plan_is_that_of_transformers_whatever_was_planned_before(tiny_folder:
             assert torch.equal(towers.plan[name], truth)
         assert towers.plan["max_seqlen"] == starts.diff().max()
         towers.plan["interp_weights"].fill_(0.0)  # a plan is its owner's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_images_kept_in_the_dtype_of_the_model_change_no_bit(
+    family: str, dtype: torch.dtype, tiny_folder: Callable[[str], Path]
+) -> None:
+    model_options = {"path": str(tiny_folder(family))}
+    full = load_processor(Config.model_validate({"model": model_options}))
+    config = Config.model_validate({"model": model_options | {"dtype": str(dtype).removeprefix("torch.")}})
+    processor, model = load_processor(config), load_model(config.model)
+    rows, kept = ([row for group in make_groups(p) for row in group] for p in (full, processor))
+    assert {t.dtype for row in kept for t in row.prompt.images.values() if t.is_floating_point()} == {dtype}
+    prompts = list({id(row.prompt): row.prompt for row in rows if row.prompt.images}.values())
+    pixels = torch.cat([prompt.images["pixel_values"] for prompt in prompts])
+    batch = pack(kept, processor, model.model, CPU, dtype).row
+    assert torch.equal(batch.images["pixel_values"], pixels.to(dtype))
+    dense, truth = collate(kept, processor, CPU, dtype).inputs, collate(rows, full, CPU, dtype).inputs
+    assert dense.keys() == truth.keys()
+    assert all(torch.equal(dense[name], truth[name]) for name in truth)
+    with torch.no_grad():
+        found, expected = (
+            processor.family.image_features(model.model, {**batch.images, "pixel_values": values}, batch.vision_plan)
+            for values in (batch.images["pixel_values"], pixels)
+        )
+    assert torch.equal(found.embeddings, expected.embeddings)
 
 
 def test_a_tower_with_its_plan_reads_nothing_back(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
