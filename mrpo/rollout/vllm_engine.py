@@ -2,8 +2,10 @@
 
 Token ids go in and come out. vLLM processes the images and expands their placeholders itself, once per prompt, and its
 sampler draws each completion from a stream of its own, so completions do not depend on what else is under way, up to
-rounding. Under a launcher every process holds an engine, or `tensor_parallel` neighbours hold one together: they pool
-their prompts, run the same schedule, and each keeps the completions of its own prompts.
+rounding. On a GPU a thread processes images while the engine works on the prompts before them: which prompts share a
+step, and with it the rounding, then depends on timing. Under a launcher every process holds an engine, or
+`tensor_parallel` neighbours hold one together: they pool their prompts, run the same schedule, and each keeps the
+completions of its own prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import gc
 import importlib.util
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +50,9 @@ _ENVIRONMENT = {
 _CPU_RANK_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
 # Engines of launched processes: vLLM ends the process group, which is the run's, with a collected engine.
 _KEPT: list[Any] = []
+
+# What `add_request` takes, of prompts in order.
+_Reading = deque[Future[tuple[str, Any, Any]]]
 
 
 class VLLMEngine:
@@ -90,6 +97,8 @@ class VLLMEngine:
         self._weights: Weights | None = None
         self._has_weights = True
         self._pool = _Pool.start(tensor_parallel)
+        # A CPU would gain nothing, and processes that share an engine must add each prompt before the same step.
+        self._reads_ahead = torch.cuda.is_available() and tensor_parallel == 1
         side = math.isqrt(processor.max_image_pixels)
         arguments = {
             "model": model_folder(model.path),
@@ -137,8 +146,8 @@ class VLLMEngine:
         self._wake("kv_cache")
         pooled, first = self._pool.gather(list(zip(prompts, prompt_seeds(params, len(prompts)), strict=True)))
         groups: list[dict[int, Completion]] = [{} for _ in prompts]
-        with self._requests([(prompt, self._sampling(params, seed)) for prompt, seed in pooled]):
-            for number, output in self._finished():
+        with self._requests([(prompt, self._sampling(params, seed)) for prompt, seed in pooled]) as reading:
+            for number, output in self._finished(reading):
                 if not 0 <= number - first < len(prompts):
                     continue
                 completion = self._completion(output)
@@ -190,25 +199,47 @@ class VLLMEngine:
             self._asleep.remove(part)
 
     @contextmanager
-    def _requests(self, requests: Sequence[tuple[EncodedPrompt, Any]]) -> Iterator[None]:
-        """Hands `requests` to vLLM, numbered from 0, and takes those back that an error left unfinished."""
+    def _requests(self, requests: Sequence[tuple[EncodedPrompt, Any]]) -> Iterator[_Reading]:
+        """Hands `requests` to vLLM, numbered from 0, and takes those back that an error left unfinished.
+
+        If the engine may work meanwhile, a thread reads them, and they are yielded to be added as they are read. It is
+        one thread: the renderer's and the engine's caches of images must see the same prompts in the same order.
+        """
+        engine = self.llm.llm_engine
+        numbered = [(str(number), prompt, sampling) for number, (prompt, sampling) in enumerate(requests)]
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                if self._reads_ahead:
+                    yield deque(thread.submit(self._read, *request) for request in numbered)
+                else:
+                    for request in numbered:
+                        engine.add_request(*self._read(*request))
+                    yield deque()
+            except BaseException:
+                thread.shutdown(cancel_futures=True)
+                engine.abort_request([number for number, *_ in numbered])
+                engine.reset_mm_cache()  # the engine lacks images that were read and not added
+                raise
+
+    def _read(self, number: str, prompt: EncodedPrompt, sampling: Any) -> tuple[str, Any, Any]:
+        """A request as the engine takes it, its images processed."""
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         engine = self.llm.llm_engine
         try:
-            for number, (prompt, sampling) in enumerate(requests):
-                (rendered,) = engine.renderer.render_cmpl([parse_model_prompt(engine.model_config, _request(prompt))])
-                check_expansion(prompt, rendered["prompt_token_ids"])
-                engine.add_request(str(number), rendered, sampling)
-            yield
-        except BaseException:
-            engine.abort_request([str(number) for number in range(len(requests))])
+            (rendered,) = engine.renderer.render_cmpl([parse_model_prompt(engine.model_config, _request(prompt))])
+            check_expansion(prompt, rendered["prompt_token_ids"])
+        except Exception as error:
+            error.add_note(f"while vLLM read the prompt {prompt.message!r}")
             raise
+        return number, rendered, sampling
 
-    def _finished(self) -> Iterator[tuple[int, Any]]:
-        """(number of the request, vLLM's output) of every completion as it ends."""
+    def _finished(self, reading: _Reading) -> Iterator[tuple[int, Any]]:
+        """(number of the request, vLLM's output) of every completion as it ends; adds what is read before each step."""
         engine = self.llm.llm_engine
-        while engine.has_unfinished_requests():
+        while reading or engine.has_unfinished_requests():
+            while reading and (reading[0].done() or not engine.has_unfinished_requests()):
+                engine.add_request(*reading.popleft().result())
             for answer in engine.step():
                 yield from ((int(answer.request_id), o) for o in answer.outputs if o.finish_reason is not None)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +263,106 @@ def test_an_engine_that_a_sync_has_half_woken_falls_asleep() -> None:
     engine.sleep()
     assert engine.llm.asleep == engine._asleep == {"weights", "kv_cache"}
     assert not engine._has_weights
+
+
+class SlowReader:
+    """Makes `engine` read prompts in a thread, each only when `may_read` allows; tells what is read, added, stepped."""
+
+    def __init__(self, engine: VLLMEngine, patch: pytest.MonkeyPatch, may_read: Callable[[list[str]], bool]) -> None:
+        self.told: list[str] = []
+        self.changed = threading.Condition()
+        inner = engine.llm.llm_engine
+        render, add, step = inner.renderer.render_cmpl, inner.add_request, inner.step
+
+        def slow_render(prompts: Any) -> Any:
+            assert threading.current_thread() is not threading.main_thread()
+            with self.changed:
+                assert self.changed.wait_for(lambda: may_read(self.told), timeout=60)
+                self.told.append("read")
+            return render(prompts)
+
+        def told_add(number: str, *others: Any) -> Any:
+            self.tell(f"added {number}")
+            return add(number, *others)
+
+        def told_step() -> Any:
+            self.tell("step")
+            return step()
+
+        patch.setattr(engine, "_reads_ahead", True)
+        patch.setattr(inner.renderer, "render_cmpl", slow_render)
+        patch.setattr(inner, "add_request", told_add)
+        patch.setattr(inner, "step", told_step)
+
+    def tell(self, what: str) -> None:
+        with self.changed:
+            self.told.append(what)
+            self.changed.notify_all()
+
+
+def _unseen(processor: Processor, count: int, seed: int) -> list[EncodedPrompt]:
+    """Prompts with images of noise, which no cache has."""
+    noise = np.random.default_rng(seed)
+    pictures = [Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(count)]
+    examples = [Example(f"{i}", (p,), f"Which organ is number {i}?", "", None, "test") for i, p in enumerate(pictures)]
+    return [processor.encode_prompt(example) for example in examples]
+
+
+@needs_vllm
+def test_prompts_read_while_others_are_generated_get_the_same_completions(
+    engine: VLLMEngine, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = _unseen(processor, 5, seed=1)
+    params = SamplingParams(3, 40, 1.5, tuple(range(0, 500, 100)))
+    expected = engine.generate(prompts, params)
+    engine.reset_caches()
+    with monkeypatch.context() as patch:
+        # The next one is read only after four more steps.
+        reader = SlowReader(engine, patch, lambda told: told.count("step") >= 4 * told.count("read"))
+        assert engine.generate(prompts, params) == expected
+    added = [what for what in reader.told if what.startswith("added")]
+    assert added == [f"added {number}" for number in range(5)]
+    steps_before = [reader.told[: reader.told.index(what)].count("step") for what in added]
+    assert all(found >= 4 * number for number, found in enumerate(steps_before))
+    assert reader.told.index("added 4") < len(reader.told) - 1
+
+
+@needs_vllm
+def test_a_prompt_that_cannot_be_read_ends_those_under_way(
+    engine: VLLMEngine, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = _unseen(processor, 4, seed=2)
+    broken = replace(prompts[2], input_ids=prompts[2].input_ids[1:])
+    params, threads = SamplingParams(2, 40, 1.0, (1, 2, 3, 4)), threading.active_count()
+    with monkeypatch.context() as patch:
+        SlowReader(engine, patch, lambda told: told.count("step") >= 2 * told.count("read"))
+        with pytest.raises(RuntimeError, match="image processor") as caught:
+            engine.generate([*prompts[:2], broken, prompts[3]], params)
+    assert caught.value.__notes__ == [f"while vLLM read the prompt {prompts[2].message!r}"]
+    assert "number 2" in prompts[2].message
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert threading.active_count() == threads
+    # The engine never had that image, though the renderer has processed it.
+    assert [len(group) for group in engine.generate(prompts, params)] == [2, 2, 2, 2]
+
+
+@needs_vllm
+def test_an_interrupt_waits_for_one_prompt_at_most(
+    engine: VLLMEngine, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = _unseen(processor, 30, seed=3)
+
+    def interrupt(*_: object) -> None:
+        reader.tell("interrupted")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        reader = SlowReader(engine, patch, lambda told: "read" not in told or "interrupted" in told)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompts, SamplingParams(1, 8, 1.0, tuple(range(30))), interrupt)
+    assert reader.told.count("read") < len(prompts)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(engine.generate(prompts[:3], SamplingParams(1, 8, 0.0))) == 3
 
 
 @needs_vllm
