@@ -96,7 +96,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Unjudged:
-    """The judge gave no usable verdict: the sample gets no process reward and no shaping, and is counted."""
+    """The judge gave no usable verdict.
+
+    The completion counts with the mean process reward of its group, is not shaped, and is counted as unjudged.
+    """
 
     reason: str
 
