@@ -85,7 +85,7 @@ class StepVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judge's word on every step of one completion, in order."""
+    """The judge's verdict on every step of one completion, in order."""
 
     steps: tuple[StepVerdict, ...]
 
@@ -166,7 +166,7 @@ class Group:
 class EvaluatedSample:
     """What an evaluation keeps of one completion.
 
-    `correct` is answer accuracy, `validity` the judge's word on each step in order (None: not judged), `reward` the
+    `correct` is answer accuracy, `validity` the verdict on each step in order (None: not judged), `reward` the
     summed reward, `greedy` tells the one greedy completion of a question from its sampled ones.
     """
 
