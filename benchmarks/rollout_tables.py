@@ -96,7 +96,7 @@ def _main_table(result: Result) -> Table:
         start = f"{mine['start s']:.1f}" if "start s" in mine else ""
         speeds = [f"{mine[SPEED]:,.0f}", f"{mine['samples/s']:,.1f}"]
         rows.append([one.name, f"{mine['seconds']:.2f}", *speeds, *ratios, f"{mine['peak GiB']:.1f}", start])
-    header = ["way", "s", SPEED, "samples/s", *(f"faster than {rival}" for rival in rivals)]
+    header = ["way", "s", SPEED, "samples/s", *(f"speed, {rival} = 1" for rival in rivals)]
     part = settings["measured_prompts"]
     note = (
         f"{settings['prompts']} prompts of {settings['image_tokens']} image tokens, pictures not seen before, "
@@ -104,23 +104,24 @@ def _main_table(result: Result) -> Table:
         "seeds, so that a completion depends on nothing else; TRL's sets none."
     )
     if REFERENCE in settings["ways"] and 0 < part < settings["prompts"]:
-        note += f" The {REFERENCE} was measured on {part} of the prompts."
+        note += f" The {REFERENCE} was measured on {part} of the prompts and scaled to all."
     if settings["model"] == BIG:
         note += f" The engine of {OURS} can sleep, as in training; TRL's cannot."
     return Table(f"A rollout: {result.name}", [*header, "peak, GiB", "engine start, s"], rows, note)
 
 
 def _sync_table(result: Result) -> Table:
-    rows, found = [], figures(result)
+    rows, found, note = [], figures(result), _runs(result)
     for one in result.measured:
         if one.name not in found:
-            rows.append([one.name, failure_cell(one.failure), "", "", ""])
+            rows.append([one.name, "failed", "", "", ""])
+            note += f" {one.name}: {one.failure}."
             continue
         mine = found[one.name]
         size = [f"{mine['parameters'] / 1e6:,.1f}", f"{one.values['bytes'] / 1e9:.3g}"]
         rows.append([one.name, f"{one.seconds:.3g}", *size, f"{mine['GB/s']:,.3g}"])
     header = ["way", "s", "million parameters", "GB", "GB/s"]
-    return Table("Weight sync: all parameters, from the trainer to the engine", header, rows, _runs(result))
+    return Table("Weight sync: all parameters, from the trainer to the engine", header, rows, note)
 
 
 def _sleep_table(result: Result) -> Table:

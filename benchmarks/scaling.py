@@ -27,7 +27,7 @@ SAMPLES = (8, 64)
 # Of rollout.ahead.
 AHEAD = (0, 1, 2, 4, 8)
 DEADLINES = (5.0, 8.0, 10.0, 15.0)
-MARK = "one H200, 2026-11-20, by hand"
+MARK = "one H200, 2026-11-20, prototype"
 ASSUMED = "assumed"
 
 
@@ -309,7 +309,9 @@ def _traffic_table(inputs: Inputs) -> Table:
     header = ["GPUs", "traffic of an update, ZeRO 1, s", "ZeRO 3, s", "update with traffic, ZeRO 1, s", "ZeRO 3, s"]
     return Table(
         "Traffic and memory", [*header, "ZeRO 1, GB a GPU", "ZeRO 2, GB a GPU", "ZeRO 3, GB a GPU"], rows,
-        "Of 64 samples a GPU. Memory of weights, gradients and AdamW alone. ZeRO 2 scatters gradients in every pass.",
+        "Of 64 samples a GPU. Memory of weights, gradients and AdamW alone. A KL's frozen reference policy adds "
+        f"{2 * inputs.parameters / 1e9:.1f} GB a GPU, under ZeRO 3 a share of that. ZeRO 2 scatters gradients in "
+        "every pass.",
     )  # fmt: skip
 
 

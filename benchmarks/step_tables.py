@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from results import Result
-from step_setting import AHEAD, GRPO, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL
+from step_setting import AHEAD, GRPO, MICRO_BATCH, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL
 from tables import Table, Target, failure_cell, h200, target_cell, two_cores
 
 SMALL, BIG = "phantom policy", "Qwen3-VL-8B"
@@ -75,7 +75,7 @@ def _main_table(result: Result) -> Table:
         memory = f"{mine['peak GiB']:.1f}"
         speeds = [f"{mine['samples/s']:.1f}", f"{mine['completion tokens/s']:,.0f}"]
         rows.append([one.name, f"{mine['seconds']:.2f}", *ratios, *speeds, *stages, memory])
-    header = ["way", "s", *(f"faster than {rival}" for rival in rivals), "samples/s", "completion tokens/s"]
+    header = ["way", "s", *(f"speed, {rival} = 1" for rival in rivals), "samples/s", "completion tokens/s"]
     header += [f"{stage}, s" for stage in STAGES] + ["peak, GiB"]
     return Table(f"A whole step: {result.name}", header, rows, _note(result))
 
@@ -85,13 +85,24 @@ def _note(result: Result) -> str:
     median, tail = settings["latency"]
     ways = result.settings["ways"]
     rounds = settings["rounds"]
-    part = f" The {REFERENCE} was measured on {rounds * REFERENCE_MICRO_BATCH} samples." if rounds else ""
-    ahead = f" `{AHEAD}` is rollout.ahead=1: completions are one update old." if AHEAD in ways else ""
+    samples = settings["prompts"] * settings["group"]
+    part = ""
+    if rounds:
+        part = f" The {REFERENCE} was measured on {rounds * REFERENCE_MICRO_BATCH} samples and scaled to {samples}."
+    ahead = ""
+    if AHEAD in ways:
+        ahead = f" `{AHEAD}` is rollout.ahead=1: completions are one update old, and logprobs are the old policy's."
     return (
         f"{settings['prompts']} prompts of {settings['image_tokens']} image tokens, {settings['group']} completions "
         f"each of {settings['length']} tokens. Judge: median {median:g} s, 99th percentile {tail:g} s; its column is "
-        f"the time spent waiting for verdicts.{ahead}{part}"
+        f"the time spent waiting for verdicts.{_conditions(result)}{ahead}{part}"
     )
+
+
+def _conditions(result: Result) -> str:
+    """On a CPU no way has vLLM."""
+    on_cpu = f" Ours and {TRL} sample with transformers." if SMALL in result.name else ""
+    return f"{on_cpu} Algorithm {GRPO}; {TRL}'s micro-batches hold {MICRO_BATCH} samples."
 
 
 def _pair_table(result: Result) -> Table:

@@ -281,7 +281,8 @@ def summary(results: Sequence[Result]) -> list[Table]:
         f"Prompts of {first['image_tokens']} image and {first['text_tokens']} text tokens, 8 completions each of "
         f"{first['length']}, {first['dtype']}. TRL's way: dense rows, its chunked log-probabilities of completions, "
         "micro-batches of 8. Reference's way: logits of prompt and completion, micro-batches of 2. Both with gradient "
-        "checkpointing; where that is off, micro-batches of 4."
+        "checkpointing; where that is off, micro-batches of 4. Ours checkpoints as memory asks "
+        "for, on a CPU not at all: compare it there with TRL's way without."
     )
     header = ["forward and backward, s (ours is so many times faster)", *(result.name for result in shown)]
     return [Table("The gradient of an optimizer step", header, rows, note)]

@@ -111,7 +111,8 @@ def excerpt(suite: Suite, results: Sequence[Result], machine: Machine) -> str:
 
 def describe(machine: Machine) -> str:
     """One paragraph: hardware, versions, commit."""
-    hardware = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = machine["threads"]
+    hardware = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
     packages = ("torch", "triton", "transformers", "vllm", "trl", "liger-kernel", "cut-cross-entropy")
     versions = ", ".join(f"{package} {machine[package]}" for package in packages if machine.get(package))
     missing = ", ".join(package for package in ("trl", "liger-kernel", "cut-cross-entropy") if not machine.get(package))

@@ -36,7 +36,7 @@ def step_advantages(
         answer_correct: the answer reward is above tau.
         step_ids: 0-based step of each completion token, -1 outside every step. A step that the judge did not
             return (step id >= num_steps) counts as outside.
-        step_valid: the judge's word on each step, padded to the longest completion.
+        step_valid: the verdict on each step, padded to the longest completion.
         num_steps: K, the number of judged steps of each completion; 0: not judged.
         penalty: w as "exponential", "linear" (from 2 to 1), "none" (1 at every step), "reversed" (the exponential
             weight of step K + 1 - k, an ablation); a table of weights, [K_max] by k or [K_max, K_max] by K and k, both

@@ -21,17 +21,23 @@ EPSILON = 1e-4
 def advantages(config: Config, answer: torch.Tensor, process: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """The advantages of `config.algorithm`, before step-wise shaping.
 
-    `mrpo` and `grpo` compare the weighted sum of the rewards; `gdpo` compares each reward alone first.
+    `mrpo` and `grpo` compare the weighted sum of the rewards; `gdpo` compares each reward alone first. `sft` samples
+    nothing, and has none.
 
     Args:
         answer, process, length: (P, G) rewards; process is NaN where unjudged.
 
     Returns:
         (P, G) in the dtype of `answer`, finite.
+
+    Raises:
+        ValueError: the algorithm has no advantages.
     """
     weights = (config.reward.answer_weight, config.reward.process_weight, config.reward.length_weight)
     if config.algorithm == "gdpo":
         return gdpo_advantages(torch.stack((answer, process, length)), torch.tensor(weights))
+    if config.algorithm not in ("mrpo", "grpo"):
+        raise ValueError(f"algorithm {config.algorithm!r} has no advantages here")
     parts = torch.stack((answer, fill_unjudged(process), length))
     total = torch.einsum("n,npg->pg", torch.tensor(weights).to(parts), parts)
     return group_advantages(total, normalize=config.advantage.normalize)

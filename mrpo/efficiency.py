@@ -32,7 +32,7 @@ from mrpo.doctor.memory import (
 from mrpo.errors import UserError
 from mrpo.runtime import Runtime
 
-# Share of the free memory that the estimate may fill: it is within 2 % of measured peaks, and memory gets fragmented.
+# Share of the free memory that the estimate may fill: within 2 % of a prototype's peaks; memory gets fragmented.
 FILL = 0.9
 
 

@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend: printed without a traceback, exit status 2."""
+"""The one exception for input that a user can fix: printed without a traceback, exit status 2."""
 
 from __future__ import annotations
 

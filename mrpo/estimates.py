@@ -62,12 +62,31 @@ def sum_by_question(
 def estimate_mean(sums: Floats, counts: Floats, *, seed: int, level: float, resamples: int) -> Estimate:
     """The mean over completions, sum(sums) / sum(counts), and its percentile bootstrap interval over questions.
 
-    The interval has no width when all questions agree (say, no failure in any): the bootstrap sees no spread.
+    The interval has no width when all questions agree, as the bootstrap sees no spread; `estimate_share` knows better.
 
     Args:
         sums, counts: (Q,) from `sum_by_question`.
     """
     return summarize_draws(mean(sums, counts), resampled_means(sums, counts, seed=seed, resamples=resamples), level)
+
+
+def estimate_share(sums: Floats, counts: Floats, *, seed: int, level: float, resamples: int) -> Estimate:
+    """`estimate_mean` of what lies in [0, 1], with the exact interval where it is 0, or 1, in every question."""
+    found = estimate_mean(sums, counts, seed=seed, level=level, resamples=resamples)
+    return with_exact_ends(found, int((counts > 0).sum()), level)
+
+
+def with_exact_ends(share: Estimate, questions: int, level: float) -> Estimate:
+    """The Clopper-Pearson interval where a share is 0 or 1 in all of `questions`; any other estimate as it is.
+
+    None of n is [0, 1 - (alpha / 2)^(1 / n)]. The bound holds for any quantity in [0, 1], not only for one that is 0 or
+    1: of all that have a given mean, the one that is 0 or 1 is most often 0 everywhere. Clopper & Pearson, Biometrika
+    26 (1934).
+    """
+    if share.value not in (0.0, 1.0):
+        return share
+    reach = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / questions)
+    return Estimate(0.0, 0.0, reach) if share.value == 0.0 else Estimate(1.0, 1.0 - reach, 1.0)
 
 
 def estimate_difference(

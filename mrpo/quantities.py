@@ -13,7 +13,7 @@ from mrpo.metrics import failure_accumulation_rate, first_failure_bin, first_fai
 
 
 class Judged(Protocol):
-    """A completion of a question, the judge's word on its answer and on each of its steps; None: not judged."""
+    """A completion of a question, the verdict on its answer and on each of its steps; None: not judged."""
 
     @property
     def question_id(self) -> str: ...

@@ -85,7 +85,7 @@ class StepVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judge's word on every step of one completion, in order."""
+    """The judge's verdict on every step of one completion, in order."""
 
     steps: tuple[StepVerdict, ...]
 
@@ -96,7 +96,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Unjudged:
-    """The judge gave no usable verdict: the sample gets no process reward and no shaping, and is counted."""
+    """The judge gave no usable verdict.
+
+    The completion counts with the mean process reward of its group, is not shaped, and is counted as unjudged.
+    """
 
     reason: str
 
@@ -163,7 +166,7 @@ class Group:
 class EvaluatedSample:
     """What an evaluation keeps of one completion.
 
-    `correct` is answer accuracy, `validity` the judge's word on each step in order (None: not judged), `reward` the
+    `correct` is answer accuracy, `validity` the verdict on each step in order (None: not judged), `reward` the
     summed reward, `greedy` tells the one greedy completion of a question from its sampled ones.
     """
 

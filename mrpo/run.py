@@ -217,7 +217,7 @@ def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) ->
         )
         # Asked again at the end, as the last evaluation may take longer than whoever sent the signal waits.
         if not trainer.run(start_step) or runtime.any(stop.requested):
-            log.message(f"SIGTERM: saved; continue with --resume output_dir={config.output_dir}")
+            log.message("SIGTERM: saved; the same command with --resume continues")
             return EXIT_TERMINATED
         after = measure("after", inputs.eval_set) if config.eval.at_end else None
         if runtime.is_main:

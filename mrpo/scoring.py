@@ -177,7 +177,7 @@ def check_judged(
         told = next(reason for reason in runtime.gather_objects(next(iter(reasons), None)) if reason)
         raise UserError(
             f"the judge left {share:.0%} of {what} unjudged, above judge.max_unjudged={config.max_unjudged:.0%}: "
-            f"{told}; mend the judge and go on with --resume, which asks again for what is missing"
+            f"{told}; when the judge answers again, continue with --resume, which asks only for what is missing"
         )
 
 

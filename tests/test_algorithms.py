@@ -162,3 +162,11 @@ def test_telescoped_credits_add_up_and_average_to_zero_where_completions_part(gr
     for history in {h[:k] for h in histories for k in range(len(h) + 1)}:
         members = [i for i, h in enumerate(histories) if h[: len(history)] == history]
         assert sum(credits[i][len(history)] for i in members) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_algorithm_that_compares_no_completions_is_refused() -> None:
+    rewards = tensor([[1.0, 0.0]])
+    for algorithm in ("sft", "new"):
+        config = Config().model_copy(update={"algorithm": algorithm})
+        with pytest.raises(ValueError, match=algorithm):
+            advantages(config, rewards, rewards, rewards)

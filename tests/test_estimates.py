@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from metric_oracles import bootstrap_interval
 
-from mrpo.estimates import Estimate, estimate_mean, mean, resampled_means, summarize_draws, two_sided_p
+from mrpo.estimates import (
+    Estimate,
+    estimate_mean,
+    estimate_share,
+    mean,
+    resampled_means,
+    summarize_draws,
+    two_sided_p,
+)
 
 
 def test_the_fast_bootstrap_is_the_plain_one() -> None:
@@ -56,6 +64,21 @@ def test_a_figure_that_no_resample_defines_has_no_interval() -> None:
     # One of a thousand questions defines it; the only resample misses that one.
     sums, counts = np.eye(1000)[0], np.eye(1000)[0]
     assert estimate_mean(sums, counts, seed=1, level=0.95, resamples=1) == Estimate(1.0, None, None)
+
+
+def test_exact_ends_hold_the_level_for_the_worst_quantity() -> None:
+    # 10 of 12 questions define it, in 3 completions each; all are 0. Were the mean above the upper end, a quantity that
+    # is 0 or 1 by question, which is the likeliest to be 0 everywhere, would be so in at most 2.5 % of samples.
+    counts = np.array([3.0] * 10 + [0.0] * 2)
+    none = estimate_share(np.zeros(12), counts, seed=0, level=0.95, resamples=20)
+    assert none.high is not None
+    assert (none.value, none.low, (1 - none.high) ** 10) == (0.0, 0.0, pytest.approx(0.025))
+    every = estimate_share(counts, counts, seed=0, level=0.95, resamples=20)
+    assert (every.value, every.low, every.high) == (1.0, pytest.approx(1 - none.high), 1.0)
+    some = counts * 0.5
+    how = {"seed": 0, "level": 0.95, "resamples": 20}
+    assert estimate_share(some, counts, **how) == estimate_mean(some, counts, **how) == Estimate(0.5, 0.5, 0.5)
+    assert estimate_share(some[10:], counts[10:], **how) == Estimate(None, None, None)
 
 
 @pytest.mark.parametrize(

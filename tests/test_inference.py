@@ -12,13 +12,14 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from mrpo.backbones import Processor, load_model, load_processor
+from mrpo.backbones import Processor, load_model, load_processor, read_prompt_style, write_prompt_style
 from mrpo.backbones.fingerprint import fingerprint
 from mrpo.cli import main
 from mrpo.config import Config
@@ -321,6 +322,29 @@ def test_the_command_refuses_a_long_prompt_with_status_2(
     assert main(arguments) == 2
     assert "phantom/0/test/0: its prompt takes" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_policy_is_asked_as_its_run_asked_it_unless_told_otherwise(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "policy", tmp_path / "out.jsonl"
+    shutil.copytree(files("mrpo") / "assets" / "phantom", folder)  # type: ignore[call-overload]
+    config = {"model": {"path": str(folder)}, "prompt": {"max_tokens": 20}, "data": {"max_image_pixels": 1024}}
+    write_prompt_style(folder, load_processor(Config.model_validate(config)))
+
+    def pixels(*options: str, status: int = 0) -> int:
+        arguments = ["infer", "--model", str(folder), "--data", str(data), "--out", str(out), "--overwrite"]
+        assert main([*arguments, "--limit", "1", "--max-tokens", "4", *options]) == status
+        return json.loads(out.read_text())["sampling"]["max_image_pixels"] if out.is_file() else 0
+
+    assert pixels(status=2) == 0
+    assert "above prompt.max_tokens=20" in capsys.readouterr().err
+    assert pixels("--max-prompt-tokens", "300") == 1024
+    assert pixels("--max-prompt-tokens", "300", "--max-image-pixels", "2048") == 2048
+    style = json.loads((folder / "mrpo_prompt.json").read_text())
+    (folder / "mrpo_prompt.json").write_text(json.dumps(style | {"max_image_pixels": "many"}))
+    with pytest.raises(UserError, match=r"mrpo_prompt\.json must be .*'many'"):
+        read_prompt_style(str(folder))
 
 
 @pytest.mark.parametrize(

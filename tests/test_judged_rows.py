@@ -198,5 +198,5 @@ def test_too_many_unjudged_stop_the_run_with_the_judges_reason(limit: float) -> 
             if limit == 0.25:
                 assert future.result() == ([0, 1], True)
             else:
-                with pytest.raises(UserError, match=r"25% .* judge\.max_unjudged=20%: no; mend the judge"):
+                with pytest.raises(UserError, match=r"25% .* judge\.max_unjudged=20%: no; when the judge answers"):
                     future.result()

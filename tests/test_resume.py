@@ -165,7 +165,9 @@ def test_the_exported_policy_loads_with_the_auto_classes(uninterrupted: Path) ->
     assert model.config.model_type == "qwen3_vl"
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert AutoImageProcessor.from_pretrained(folder, backend="pil").patch_size == 8
-    assert json.loads((folder / "mrpo_prompt.json").read_text()) == {"think_tag": "thinking", "instruction": ""}
+    assert json.loads((folder / "mrpo_prompt.json").read_text()) == {
+        "think_tag": "thinking", "instruction": "", "max_prompt_tokens": 1024, "max_image_pixels": 802_816
+    }  # fmt: skip
 
 
 def test_samples_name_the_images_that_the_run_keeps(uninterrupted: Path) -> None:

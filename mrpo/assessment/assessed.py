@@ -14,7 +14,7 @@ from mrpo.samples import sample_record
 
 @dataclass(frozen=True)
 class Assessed:
-    """Completion number `sample` (from 0) of a question, scored, and the judge's word on its answer."""
+    """Completion number `sample` (from 0) of a question, scored, and the verdict on its answer."""
 
     dataset: str
     example: Example

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from mrpo.assessment.assessed import Assessed
-from mrpo.estimates import Floats, mean, question_ids, resampled_means, sum_by_question, summarize_draws
+from mrpo.estimates import (
+    Floats,
+    mean,
+    question_ids,
+    resampled_means,
+    sum_by_question,
+    summarize_draws,
+    with_exact_ends,
+)
 from mrpo.metrics import NUM_BINS, STAGES, first_failure_point
 from mrpo.quantities import far, fully_valid, incorrect_in_bin, is_in_stage, is_in_stage_of_failures, rate_in_bin
 from mrpo.records import Unjudged
@@ -114,10 +122,14 @@ class MetricTable:
     def summarize(self, draws: Floats) -> dict[str, dict[str, Any]]:
         """`{key: {"value", "low", "high", "n"}}` with the intervals of `draws`, as eval.json has it."""
         values, numbers = mean(self.sums, self.counts), self.counts.sum(axis=0)
-        return {
-            metric.key: asdict(summarize_draws(values[m], draws[:, m], LEVEL)) | {"n": int(numbers[m])}
-            for m, metric in enumerate(self.metrics)
-        }
+        questions = (self.counts > 0).sum(axis=0)
+        figures = {}
+        for m, metric in enumerate(self.metrics):
+            estimate = summarize_draws(values[m], draws[:, m], LEVEL)
+            if metric.percent:
+                estimate = with_exact_ends(estimate, int(questions[m]), LEVEL)
+            figures[metric.key] = asdict(estimate) | {"n": int(numbers[m])}
+        return figures
 
 
 def tabulate(assessed: Sequence[Assessed], samples: int) -> MetricTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ __all__ = [
     "EncodedPrompt",
     "Family",
     "Processor",
+    "PromptStyle",
     "batch_images",
     "load_model",
     "load_processor",
     "make_trainable",
+    "read_prompt_style",
     "to_device",
     "write_prompt_style",
 ]
@@ -66,11 +69,11 @@ def load_processor(config: Config) -> Processor:
         raise UserError(f"model.path={config.model.path} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"model.path={config.model.path} has no chat template (chat_template.jinja)")
-    own = read_prompt_style(Path(folder))
-    think_tag = config.model.think_tag or own.get("think_tag") or family.think_tag
+    own = read_prompt_style(config.model.path)
+    think_tag = config.model.think_tag or own.think_tag or family.think_tag
     instruction = config.prompt.instruction
     if instruction is None:
-        instruction = own.get("instruction", INSTRUCTION.format(tag=think_tag))
+        instruction = INSTRUCTION.format(tag=think_tag) if own.instruction is None else own.instruction
     return Processor(
         family=family,
         tokenizer=tokenizer,
@@ -92,22 +95,55 @@ def image_backend(engine: str) -> str:
     return "torchvision" if engine.startswith("vllm") and importlib.util.find_spec("torchvision") else "pil"
 
 
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a policy was asked in training, as far as its folder says; None: it does not say.
+
+    `max_prompt_tokens` and `max_image_pixels` are the run's prompt.max_tokens and data.max_image_pixels.
+    """
+
+    think_tag: str | None = None
+    instruction: str | None = None
+    max_prompt_tokens: int | None = None
+    max_image_pixels: int | None = None
+
+
 def write_prompt_style(folder: Path, processor: Processor) -> None:
-    """Leaves beside an exported policy the tag and instruction that it was trained with."""
-    style = {"think_tag": processor.think_tag, "instruction": processor.instruction}
-    (folder / PROMPT_FILE).write_text(json.dumps(style, indent=2) + "\n", encoding="utf-8")
+    """Leaves beside an exported policy how it was asked in training."""
+    style = PromptStyle(
+        processor.think_tag, processor.instruction, processor.max_prompt_tokens, processor.max_image_pixels
+    )
+    (folder / PROMPT_FILE).write_text(json.dumps(asdict(style), indent=2) + "\n", encoding="utf-8")
 
 
-def read_prompt_style(folder: Path) -> dict[str, str]:
-    """What `write_prompt_style` left in `folder`; empty for other models."""
-    path = folder / PROMPT_FILE
+def read_prompt_style(model_path: str) -> PromptStyle:
+    """What `write_prompt_style` left in the folder of `model.path`; empty for other models.
+
+    Raises:
+        UserError: the file is there and says something else.
+    """
+    path = Path(model_folder(model_path)) / PROMPT_FILE
     if not path.is_file():
-        return {}
+        return PromptStyle()
     try:
         style = json.loads(path.read_text(encoding="utf-8"))
-        return {key: str(style[key]) for key in ("think_tag", "instruction")}
+        return PromptStyle(
+            str(style["think_tag"]),
+            str(style["instruction"]),
+            _positive(style.get("max_prompt_tokens")),
+            _positive(style.get("max_image_pixels")),
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} must be a JSON object with think_tag and instruction: {error}") from error
+        raise UserError(
+            f"{path} must be a JSON object with think_tag, instruction and, if wanted, max_prompt_tokens and "
+            f"max_image_pixels: {error}"
+        ) from error
+
+
+def _positive(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{value!r} is no positive whole number")
+    return value
 
 
 def find_family(model_type: str, path: str) -> Family:

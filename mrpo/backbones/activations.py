@@ -7,11 +7,11 @@ operations are done again. Layers of vision towers, whose keys and values are as
 10 hidden + 2.5 intermediate; with a gated MLP and RMSNorm 16 hidden + 4 intermediate, compiled 11 hidden + 3
 intermediate. Frozen, a tower keeps nothing.
 
-Counted by PyTorch's allocator in forward passes of the three backbones of 7 and 8 billion parameters in bfloat16
-(torch 2.11, a stand-in for a GPU, which computes nothing), language models keep 93 to 101 % of that and towers 84 to
-97 %. Against whole peaks measured on an H200, Qwen3-VL-8B, in GiB: not compiled, 1, 2 and 4 prompts of 846 tokens with
-8 completions of 200 in a pass, 59, 80, 124 against 59, 81, 125; compiled, 2 prompts, 67 against 67 to 69; every layer
-checkpointed, 2 prompts, 40 against 39 to 41.
+Counted by PyTorch's allocator in forward passes of the three backbones of 7 and 8 billion parameters in bfloat16 (torch
+2.11, a stand-in for a GPU, which computes nothing), language models keep 93 to 101 % of that and towers 84 to 97 %.
+Against whole peaks of a prototype on an H200, before this code, Qwen3-VL-8B, in GiB: not compiled, 1, 2 and 4 prompts
+of 846 tokens with 8 completions of 200 in a pass, 59, 80, 124 against 59, 81, 125; compiled, 2 prompts, 67 against 67
+to 69; every layer checkpointed, 2 prompts, 40 against 39 to 41.
 """
 
 from __future__ import annotations

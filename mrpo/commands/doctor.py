@@ -1,4 +1,4 @@
-"""`mrpo doctor`: what this machine can run, and the commands that mend what is missing."""
+"""`mrpo doctor`: what this machine can run, and the commands that install or change what is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Each line has a state:
   ok        as it should be
   optional  not there, and this configuration does not use it
   warning   it runs, but not as one may expect
-  missing   the configuration cannot run; the line below names what mends it"""
+  missing   the configuration cannot run; the line below names what to do"""
 
 _EPILOG = """\
 examples:
@@ -41,7 +41,7 @@ _STYLES = {"ok": "green", "optional": "dim", "warning": "yellow", "missing": "bo
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="say what this machine can run, and how to mend what is missing",
+        help="say what this machine can run, and what to install or change",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )

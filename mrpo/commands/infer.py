@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ _DESCRIPTION = """\
 Writes a model's completions for prepared questions, one JSON object a line, in the order of the data.
 
 A run that was stopped at any moment goes on with the same command: rows that are there are kept. At temperature 0
-completions are greedy; above, they follow from --seed and the question's id."""
+completions are greedy; above, they follow from --seed and the question's id. The policy that a run wrote remembers the
+run's prompt: tag, instruction, largest image, longest prompt. It does not remember rollout.max_tokens: see
+--max-tokens."""
 
 _BATCH_SIZES = {"hf": 32, "vllm": 256}
 
@@ -43,23 +46,27 @@ def add_parser(commands: Commands) -> None:
         "--temperature", type=_temperature, default=0.0, metavar="T", help="0 is greedy; default: %(default)s"
     )
     sampling.add_argument(
-        "--max-tokens", type=positive, default=512, metavar="N", help="longest completion; default: %(default)s"
+        "--max-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="longest completion (of a run: rollout.max_tokens); default: %(default)s",
     )
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--max-prompt-tokens",
         type=positive,
-        default=1024,
         metavar="N",
-        help="prompt.max_tokens: longer ones, image tokens included, are refused; default: %(default)s",
+        help="prompt.max_tokens: longer ones, image tokens included, are refused; default: the run's that wrote the "
+        "model, else 1024",
     )
     prompt.add_argument(
         "--max-image-pixels",
         type=positive,
-        default=802_816,
         metavar="N",
-        help="data.max_image_pixels: larger images are scaled down; default: %(default)s",
+        help="data.max_image_pixels: larger images are scaled down; default: the run's that wrote the model, else "
+        "802816",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -90,7 +97,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mrpo.backbones import load_processor
+    from mrpo.backbones import load_processor, read_prompt_style
     from mrpo.config import Config
     from mrpo.data.prepared import read_prepared
     from mrpo.inference import CompletionFile, check_prompts, infer, make_engine, make_header, read_completions
@@ -98,11 +105,14 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = _sampling(args)
     examples = read_prepared(args.data, root=args.root)[: args.limit]
+    style = read_prompt_style(os.path.expanduser(args.model))
+    max_prompt_tokens = args.max_prompt_tokens or style.max_prompt_tokens
+    max_image_pixels = args.max_image_pixels or style.max_image_pixels
     config = Config.model_validate(
         {
             "model": {"path": args.model, "dtype": sampling.dtype},
-            "prompt": {"max_tokens": args.max_prompt_tokens},
-            "data": {"max_image_pixels": args.max_image_pixels},
+            "prompt": {"max_tokens": max_prompt_tokens} if max_prompt_tokens else {},
+            "data": {"max_image_pixels": max_image_pixels} if max_image_pixels else {},
             "rollout": {"engine": sampling.engine},
         }
     )

@@ -21,7 +21,10 @@ class RolloutConfig(Section):
     batch_size: Positive = Field(128, description="Completions generated at once per process")
     mask_truncated: bool = Field(False, description="Leave completions cut at the length limit out of the loss")
     ahead: int = Field(
-        0, ge=0, le=8, description="Steps whose completions are sampled before this step's update, as verdicts arrive"
+        0,
+        ge=0,
+        le=8,
+        description="Steps sampled ahead: 0 is on policy; n learns from completions that are n updates old",
     )
     tensor_parallel: Positive = Field(1, description="vllm: processes that share one engine and its prompts")
     gpu_memory: float = Field(0.4, gt=0.0, le=1.0, description="vllm: share of the GPU's memory that the engine takes")
@@ -95,7 +98,8 @@ class JudgeConfig(Section):
     base_url: str | None = Field(None, description="Endpoint; default: the openai package's own")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key")
     extra: dict[str, Any] = Field(
-        default_factory=dict, description="Further fields of every request, as {reasoning_effort: low, max_tokens: 512}"
+        default_factory=dict,
+        description="Further fields of every request, as {reasoning_effort: low, max_completion_tokens: 2048}",
     )
     image_detail: Literal["auto", "low", "high"] = Field("auto", description="Detail asked for of images at OpenAI")
     max_image_pixels: Positive | None = Field(

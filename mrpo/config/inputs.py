@@ -15,7 +15,9 @@ class ModelConfig(Section):
     path: PathOrId = Field(
         "phantom", description="Folder or hub id of the start policy; `phantom` is the shipped tiny one"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Parameter dtype under training")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of parameters; under bfloat16 DeepSpeed keeps fp32 master weights"
+    )
     think_tag: str | None = Field(
         None, pattern=r"^[A-Za-z_]+$", description="Name of the reasoning tag; default: what the model family uses"
     )
@@ -74,7 +76,9 @@ class DataConfig(Section):
     seed: int = Field(0, description="Seed of generated data (phantom)")
     train_size: Positive | None = Field(None, description="Use only the first N training questions; default: all")
     eval_size: Positive | None = Field(512, description="Held-out questions per evaluation; null: all")
-    corruption: Share = Field(0.0, description="Share of phantom rationales told of a misread scene (sft)")
+    corruption: Share = Field(
+        0.0, description="sft on phantom: probability that each habit of misreading strikes a rationale"
+    )
     phantom_look: Literal["plain", "hard", "shifted"] = Field(
         "plain", description="Phantom pictures: easy ones, faint and noisy ones, or those of an unseen device and body"
     )

@@ -59,9 +59,8 @@ class UpdateConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile every layer of the language model, on a GPU of the vision tower, too (if packing is "
-        "not dense); auto: on a GPU, but not under ZeRO 3; on a CPU "
-        "rows of other shapes compile anew",
+        description="torch.compile the language model's layers, and on a GPU the vision tower's (unless packing is "
+        "dense); auto: on a GPU, not under ZeRO 3. On a CPU every new row length compiles again",
     )
     checkpointing: Literal["auto", "none", "all"] | NonNegative | Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         "auto",

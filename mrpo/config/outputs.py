@@ -12,7 +12,11 @@ class EvalConfig(Section):
 
     at_start: bool = Field(True, description="Evaluate before training")
     at_end: bool = Field(True, description="Evaluate after training")
-    every: NonNegative = Field(0, description="Steps between evaluations on the validation split; 0: none")
+    every: NonNegative = Field(
+        0,
+        description="Steps between evaluations on the validation split; 0: none. A data set without one uses its test "
+        "questions: choose nothing by them then",
+    )
 
 
 class CheckpointConfig(Section):

@@ -116,4 +116,13 @@ def _own(config: DataConfig, split: Split) -> tuple[Example, ...]:
             return chosen
     if split == "train":
         raise UserError(f"{file} has no questions of the train split")
-    raise UserError(f"{file} has no questions of the test or validation split; data.eval_file names others")
+    if config.eval_file is None:
+        hint = "name other questions in data.eval_file"
+    elif config.name == "generic":
+        hint = 'give its rows "split": "test", or name the file test.jsonl'
+    else:
+        hint = "prepare a file of them with mrpo data prepare --split test"
+    raise UserError(
+        f"{file} has no questions of the test or validation split: {hint}, or leave the evaluation out with "
+        "eval.at_start=false eval.at_end=false eval.every=0"
+    )

@@ -4,6 +4,8 @@
 findings), content_type and semantic_type (verify, choose, query). Verify asks for yes or no; the others are open-ended.
 Images lie under the root in `files/` as MIMIC-CXR-JPG has them. The paper evaluates 1,724 questions without saying
 which; the release's test set has 13,793, and here all open-ended ones of the file are kept.
+
+PhysioNet's data use agreement forbids to pass images and questions on: let them be judged by an endpoint of your own.
 """
 
 from __future__ import annotations

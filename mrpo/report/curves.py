@@ -182,7 +182,7 @@ _PANELS = (
     _Panel(
         "Accuracy, valid steps, failure accumulation",
         (
-            _Curve("answer/correct", "answer correct", BLUE),
+            _Curve("answer/correct", "answer reward > tau", BLUE),
             _Curve("valid_steps", "valid steps", GREEN),
             _Curve("far", "accumulation rate", RED),
         ),

@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from mrpo.estimates import Estimate, estimate_mean, question_ids, sum_by_question
+from mrpo.estimates import Estimate, estimate_share, question_ids, sum_by_question
 from mrpo.metrics import NUM_BINS, STAGES
 from mrpo.quantities import Judged, Quantity, incorrect_in_bin, is_in_stage, is_in_stage_of_failures, rate_in_bin
 from mrpo.report.style import EVALUATION_COLORS, INK, MUTED, figure_style, save_png, title_with_legend
@@ -29,9 +29,9 @@ _FFP_LABEL = "first failure point (invalid step's place / number of steps)"
 
 
 def draw_failures(evaluations: Evaluations, out_png: Path, *, seed: int = 0, resamples: int = 1000) -> None:
-    """Draw where chains first fail and what follows, with 95 % bootstrap intervals over questions.
+    """Draw where chains first fail and what follows, with 95 % intervals over questions.
 
-    Four panels over all judged completions, greedy and sampled: the share per stage of all, the share per stage of
+    Four panels over all judged completions: the share per stage of all, the share per stage of
     those that fail (the paper's), the failure accumulation rate over five bins of the first failure point, split by
     correct and incorrect answers, and the share of incorrect answers over the same bins. A point without any
     completion is left out, as is an evaluation without judged completions.
@@ -67,10 +67,10 @@ def only_judged(evaluations: Evaluations) -> dict[str, list[Judged]]:
 def estimate_each(
     samples: Sequence[Judged], quantities: Sequence[Quantity], *, seed: int, resamples: int
 ) -> list[Estimate]:
-    """The mean of each quantity over `samples`, with its 95 % interval."""
+    """The mean of each quantity, all of them in [0, 1], over `samples`, with its 95 % interval."""
     questions = question_ids(samples)
     return [
-        estimate_mean(*sum_by_question(samples, questions, quantity), seed=seed, level=_LEVEL, resamples=resamples)
+        estimate_share(*sum_by_question(samples, questions, quantity), seed=seed, level=_LEVEL, resamples=resamples)
         for quantity in quantities
     ]
 

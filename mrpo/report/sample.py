@@ -14,7 +14,7 @@ _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("?", "yellow")}
 
 
 def render_sample(sample: Mapping[str, Any]) -> Text:
-    """A record of samples.jsonl as text: question, gold, answer, rewards, and each step with the judge's word.
+    """A record of samples.jsonl as text: question, gold, answer, rewards, and each step with its verdict.
 
     Valid steps are marked and green, invalid ones red with the judge's reason, unjudged ones yellow; where the console
     is no terminal the marks alone remain. Model output is never interpreted as markup or terminal escapes.

@@ -14,7 +14,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mrpo.estimates import Estimate, Floats, estimate_difference, estimate_mean, question_ids, sum_by_question
+from mrpo.estimates import (
+    Estimate,
+    Floats,
+    estimate_difference,
+    estimate_mean,
+    estimate_share,
+    question_ids,
+    sum_by_question,
+)
 from mrpo.metrics import first_failure_stage
 from mrpo.quantities import far, fully_valid
 from mrpo.records import EvaluatedSample
@@ -62,7 +70,8 @@ class BeforeAfter:
                 f", of which {judged.before:,} were judged before, {judged.after:,} after and {judged.both:,} both "
                 f"times; differences of judged figures are over these {judged.both:,}"
             )
-        return f"{told}; {100 * self.level:g} % bootstrap intervals over questions"
+        level = f"{100 * self.level:g} %"
+        return f"{told}; {level} bootstrap intervals over questions, exact ones where all agree"
 
     def to_rich(self) -> Table:
         """For the terminal: a difference whose interval excludes zero is green (better) or red (worse)."""
@@ -112,8 +121,9 @@ def before_after_table(
 ) -> BeforeAfter:
     """Compare two evaluations of the same questions.
 
-    Intervals are percentile bootstrap intervals over questions; that of the difference is paired. A figure without
-    any completion that defines it (early share of failures when nothing failed) is undefined, as is its difference.
+    Intervals are percentile bootstrap intervals over questions, exact ones where a share is 0 or 1 in every question;
+    that of the difference is paired. A figure without any completion that defines it (early share of failures when
+    nothing failed) is undefined, as is its difference.
     Where the judge left questions out, it may have been hard ones: the difference of a figure that rests on verdicts is
     taken over the questions judged both times.
 
@@ -132,6 +142,7 @@ def before_after_table(
         sums_before = sum_by_question(before, questions, quantity)
         sums_after = sum_by_question(after, questions, quantity)
         compared = np.ones_like(judged_twice) if quantity is _accuracy else judged_twice
+        estimate = estimate_share if percent else estimate_mean
         rows.append(
             Row(
                 key,
@@ -139,8 +150,8 @@ def before_after_table(
                 over,
                 percent,
                 higher_is_better,
-                before=estimate_mean(*sums_before, **how),
-                after=estimate_mean(*sums_after, **how),
+                before=estimate(*sums_before, **how),
+                after=estimate(*sums_after, **how),
                 difference=estimate_difference(_only(compared, sums_before), _only(compared, sums_after), **how),
             )
         )
@@ -187,15 +198,15 @@ def _fully_valid(sample: EvaluatedSample) -> float | None:
 # Of one completion: its value, or None where the quantity is undefined for it and it does not count.
 Quantity = Callable[[EvaluatedSample], float | None]
 
-# (key, name, over, percent, higher is better, quantity). FAR is taken over sampled completions too, because it is
-# defined only where a step before the last fails, which is rare after training.
+# (key, name, over, percent, higher is better, quantity). FAR is taken over sampled completions too, if there are any:
+# it is defined only where a step before the last fails, which is rare after training.
 _FIGURES: tuple[tuple[str, str, str, bool, bool, Quantity], ...] = (
-    ("accuracy", "answer accuracy", "greedy", True, True, _accuracy),
-    ("early_of_all", "early-stage failures", "greedy, judged", True, False, _early_of_all),
-    ("early_of_failures", "early share of failures", "greedy, failed", True, False, _early_of_failures),
-    ("far", "failure accumulation rate", "judged, failed", True, False, far),
-    ("reward", "mean reward", "greedy, judged", False, True, _reward),
-    ("fully_valid", "fully valid chains", "greedy, judged", True, True, _fully_valid),
+    ("accuracy", "answer accuracy", "all", True, True, _accuracy),
+    ("early_of_all", "early-stage failures", "judged", True, False, _early_of_all),
+    ("early_of_failures", "early share of failures", "failed", True, False, _early_of_failures),
+    ("far", "failure accumulation rate", "failed before the last step", True, False, far),
+    ("reward", "mean reward", "judged", False, True, _reward),
+    ("fully_valid", "fully valid chains", "judged", True, True, _fully_valid),
 )
 
 

@@ -36,7 +36,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for number, _, record in whole_lines(path):
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; mend or delete the line")
+            raise UserError(f"{path}, line {number}: not a JSON object; fix or delete the line")
         yield number, record
 
 
@@ -119,5 +119,5 @@ def _keep_until(path: Path, last_step: int | None) -> None:
 def _whole_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for number, line, record in whole_lines(path):
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UserError(f"{path}, line {number}: not a JSON object with an integer step; mend or delete the line")
+            raise UserError(f"{path}, line {number}: not a JSON object with an integer step; fix or delete the line")
         yield line, record

@@ -282,7 +282,7 @@ def test_figures_and_tables_follow_from_seconds() -> None:
     assert {len(row) for row in table.rows} == {len(table.header)}
     text = table.markdown()
     assert "| TRL's VLLMGeneration | refuses / this vLLM |" in text
-    assert "The reference's way was measured on 1 of the prompts." in text
+    assert "The reference's way was measured on 1 of the prompts and scaled to all." in text
 
 
 def test_targets_are_read_from_the_figures_of_their_cases() -> None:

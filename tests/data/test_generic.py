@@ -14,6 +14,7 @@ from PIL import Image
 from mrpo.config import DataConfig
 from mrpo.data import load_dataset
 from mrpo.data.generic import load_generic
+from mrpo.data.prepared import write_prepared
 from mrpo.data.reading import BadRows
 from mrpo.errors import UserError
 
@@ -271,3 +272,20 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     (folder / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"pip install mrpo\[data\]"):
         load_generic(folder / "rows.parquet" if module == "pyarrow" else Path("owner/questions"))
+
+
+@pytest.mark.parametrize("name", ["prepared", "generic"])
+def test_what_is_missing_for_an_evaluation_is_said(folder: Path, name: str) -> None:
+    file, held = write(folder, [row()], "rows.jsonl"), folder / "held.jsonl"
+    if name == "prepared":
+        write_prepared(load_generic(file), file, dataset="mine", root=folder)
+    held.write_bytes(file.read_bytes())
+    config = DataConfig.model_validate({"name": name, "file": file, "root": folder})
+    assert len(load_dataset(config, "train")) == 1
+    with pytest.raises(UserError, match=r"name other questions in data\.eval_file, or .* eval\.at_start=false"):
+        load_dataset(config, "test")
+    # Who has named them is not told to name them.
+    named = config.model_copy(update={"eval_file": held})
+    way = {"generic": r'"split": "test", or name the file test\.jsonl', "prepared": "prepare .* --split test"}[name]
+    with pytest.raises(UserError, match=rf"held\.jsonl has no questions .*: .*{way}"):
+        load_dataset(named, "test")

@@ -204,7 +204,7 @@ def test_a_packed_row_is_as_long_as_its_budget_or_as_the_prompts_of_a_process() 
 def test_activations_of_eight_billion_parameters_are_as_measured(
     prompts: int, settings: list[str], measured: float
 ) -> None:
-    """Peaks in GiB on an H200, of which weights, gradients and the head's own gradient took 37."""
+    """Peaks in GiB of a prototype on an H200, of which weights, gradients and the head's own gradient took 37."""
     size = ModelSize(8_767_123_696, 8_767_123_696, Tower(36, 4096, 12288), Tower(27, 1152, 4304), 1024, 151_936)
     run = load_config(
         None,

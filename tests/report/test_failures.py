@@ -100,9 +100,9 @@ def test_every_evaluation_is_drawn(tmp_path):
 
 
 def test_a_rate_that_no_resample_defines_is_drawn_without_an_interval(tmp_path):
-    samples = [sample("rare", (F, F)), *(sample(f"usual {index}", (T, T)) for index in range(1000))]
-    (estimate,) = estimate_each(samples, [rate_in_bin(2, correct=False)], seed=1, resamples=1)
-    assert estimate == Estimate(1.0, None, None)
+    samples = [sample("rare", (F, F, T)), *(sample(f"usual {index}", (T, T)) for index in range(1000))]
+    (estimate,) = estimate_each(samples, [rate_in_bin(1, correct=False)], seed=1, resamples=1)
+    assert estimate == Estimate(0.5, None, None)
     draw_failures({"alone": samples}, tmp_path / "alone.png", seed=1, resamples=1)
     assert colours(tmp_path / "alone.png") == [True, False, False]
 

@@ -66,7 +66,7 @@ def test_json_and_markdown_files(tmp_path):
     assert set(summary["accuracy"]) == {"before", "after", "difference"}
     rows = (tmp_path / "summary.md").read_text().splitlines()
     assert all(row.count("|") == 6 for row in rows[: 2 + len(KEYS)])
-    assert rows[2].startswith("| answer accuracy | greedy | 50.0 % [")
+    assert rows[2].startswith("| answer accuracy | all | 50.0 % [")
     assert "| +33.3 points [" in rows[2]
     assert rows[5].endswith("| – | – |")  # noqa: RUF001
     assert rows[-1] == (
@@ -124,6 +124,18 @@ def test_interval_of_a_share_is_the_binomial_one():
     half_width = 1.96 * math.sqrt(0.25 * 0.75 / 400)
     assert estimate.high - 0.25 == pytest.approx(half_width, rel=0.12)
     assert 0.25 - estimate.low == pytest.approx(half_width, rel=0.12)
+
+
+def test_a_share_that_no_question_has_keeps_the_doubt_of_so_many_questions():
+    questions = [f"q{i}" for i in range(40)]
+    samples = [sample(q, (T, T), correct=True, reward=2.0) for q in questions]
+    rows = {row.key: row.before for row in before_after_table(samples, samples, resamples=50).rows}
+    # Clopper and Pearson's bound p is what makes 40 of 40 misses happen in 2.5 % of samples: (1 - p)^40 = 0.025.
+    assert (rows["early_of_all"].value, rows["early_of_all"].low) == (0.0, 0.0)
+    assert (1.0 - rows["early_of_all"].high) ** 40 == pytest.approx(0.025)
+    assert (rows["accuracy"].value, rows["accuracy"].high) == (1.0, 1.0)
+    assert rows["accuracy"].low == pytest.approx(1.0 - rows["early_of_all"].high)
+    assert (rows["reward"].low, rows["reward"].high) == (2.0, 2.0)  # no share
 
 
 def test_difference_is_paired():

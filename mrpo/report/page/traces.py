@@ -126,7 +126,7 @@ def _step(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _validity(trace: Trace) -> tuple[bool, ...] | None:
-    """The judge's word on each step; None without it. A trace may be unjudged for its answer alone."""
+    """The verdict on each step; None without it. A trace may be unjudged for its answer alone."""
     bits = tuple(step["valid"] for step in trace["steps"])
     unknown = None in bits or (not bits and trace["unjudged"] is not None)
     return None if unknown else bits
