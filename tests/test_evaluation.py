@@ -111,7 +111,7 @@ def test_no_verdict_is_waited_for_before_all_questions_are_answered() -> None:
 
 def test_an_evaluation_with_too_few_verdicts_is_refused_with_the_judges_reason() -> None:
     """Of two processes the first, which tells it, has all its verdicts."""
-    with pytest.raises(UserError, match=r"40% of an evaluation's .* judge\.max_unjudged=30%: rate limit; mend"):
+    with pytest.raises(UserError, match=r"40% of an evaluation's .* judge\.max_unjudged=30%: rate limit; when"):
         evaluate_with(JudgeOfSome("q1", "q3"), limit=0.3)
 
 

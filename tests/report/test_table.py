@@ -71,7 +71,7 @@ def test_json_and_markdown_files(tmp_path):
     assert rows[5].endswith("| – | – |")  # noqa: RUF001
     assert rows[-1] == (
         "6 held-out questions, of which 5 were judged before, 6 after and 5 both times; differences of judged figures "
-        "are over these 5; 90 % bootstrap intervals over questions."
+        "are over these 5; 90 % bootstrap intervals over questions, exact ones where all agree."
     )
 
 
@@ -98,7 +98,7 @@ def test_differences_are_over_the_questions_that_were_judged_both_times():
 
 def test_nothing_is_said_of_the_judge_where_it_told_of_every_question():
     table = before_after_table(AFTER, AFTER, resamples=50)
-    assert table.caption == "6 held-out questions; 95 % bootstrap intervals over questions"
+    assert table.caption == "6 held-out questions; 95 % bootstrap intervals over questions, exact ones where all agree"
 
 
 def test_terminal_table_fits_80_columns_and_colours_what_is_sure():
