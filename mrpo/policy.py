@@ -47,6 +47,11 @@ __all__ = ["STAT_NAMES", "NonFiniteLossError", "Part", "Policy", "UpdateStats", 
 Part: TypeAlias = tuple[Sequence[Row], bool]
 
 
+def loss_temperature(config: Config) -> float:
+    """What logits are divided by in the loss: the sampler's temperature; what sft imitates was sampled at none."""
+    return 1.0 if config.algorithm == "sft" else config.rollout.temperature
+
+
 class Policy:
     """The model, its DeepSpeed engine and, if the loss has a KL term, the frozen reference."""
 
@@ -59,9 +64,7 @@ class Policy:
         efficiency = make_efficient(model, config, runtime)
         if config.update.packing != "dense":
             use_packed_rows(model, family)
-        # What is imitated was not sampled at any temperature.
-        temperature = 1.0 if config.algorithm == "sft" else config.rollout.temperature
-        module = PolicyModule(model, family, config.loss, temperature, attention)
+        module = PolicyModule(model, family, config.loss, loss_temperature(config), attention)
         self._planner = Planner(config, processor, runtime, cost_model(model, family, config, device))
         self._runner = PassRunner(self._planner, config.deepspeed.zero_stage)
         self._runner.messages.append(str(efficiency))

@@ -14,7 +14,9 @@ from mrpo.batching import Row, collate
 from mrpo.config import Config, LossConfig
 from mrpo.data.phantom import PhantomDataset
 from mrpo.deepspeed_config import deepspeed_config, reference_config
+from mrpo.policy import loss_temperature
 from mrpo.policy_module import PolicyModule
+from mrpo.settings import load_config
 
 LOSS = LossConfig(epsilon_low=0.1, epsilon_high=0.3, beta=0.05)
 
@@ -71,6 +73,14 @@ def reference_loss(model: Any, rows: list[Row], processor: Processor) -> torch.T
         gap = row.ref_logprobs.double() - logprobs
         total = total + ((-surrogate + LOSS.beta * (gap.exp() - gap - 1)) * row.weights.double()).sum()
     return total
+
+
+def test_sft_imitates_at_temperature_1_whatever_is_sampled_at() -> None:
+    found = {
+        name: loss_temperature(load_config(None, [f"algorithm={name}", "rollout.temperature=0.5"]))
+        for name in ("sft", "mrpo")
+    }
+    assert found == {"sft": 1.0, "mrpo": 0.5}
 
 
 def test_loss_and_gradient_equal_full_logits_in_fp64(config: Config, processor: Processor) -> None:

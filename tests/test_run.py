@@ -274,14 +274,3 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_inputs(tiny_polic
     assert saved[0]["token_ids"].dtype == torch.int64
     assert saved[0]["weights"].shape == saved[0]["token_ids"].shape
     assert "pixel_values" in saved[0]
-
-
-def test_sft_imitates_at_temperature_one_whatever_is_sampled_at(tiny_policy: Path, tmp_path: Path) -> None:
-    losses = []
-    for temperature in (1.0, 0.5):
-        out = tmp_path / str(temperature)
-        settings = ["optim.steps=1", "optim.batch_size=8", "eval.at_start=false", "eval.at_end=false"]
-        settings += [f"model.path={tiny_policy}", f"output_dir={out}", f"rollout.temperature={temperature}"]
-        assert launch(TRAIN, ["algorithm=sft", *settings]).returncode == 0
-        losses.append(json.loads((out / "metrics.jsonl").read_text())["loss"])
-    assert losses[0] == losses[1]
