@@ -76,11 +76,8 @@ def reference_loss(model: Any, rows: list[Row], processor: Processor) -> torch.T
 
 
 def test_sft_imitates_at_temperature_1_whatever_is_sampled_at() -> None:
-    found = {
-        name: loss_temperature(load_config(None, [f"algorithm={name}", "rollout.temperature=0.5"]))
-        for name in ("sft", "mrpo")
-    }
-    assert found == {"sft": 1.0, "mrpo": 0.5}
+    for algorithm, expected in (("sft", 1.0), ("mrpo", 0.5)):
+        assert loss_temperature(load_config(None, [f"algorithm={algorithm}", "rollout.temperature=0.5"])) == expected
 
 
 def test_loss_and_gradient_equal_full_logits_in_fp64(config: Config, processor: Processor) -> None:

@@ -262,9 +262,7 @@ def test_splits_of_a_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no questions of the train split"):
         names("train", file=other)
     write(folder, row("only"))
-    with pytest.raises(
-        UserError, match=r"no questions of the test or validation split: .*data\.eval_file"
-    ):
+    with pytest.raises(UserError, match=r"no questions of the test or validation split: .*data\.eval_file"):
         names("test")
 
 
