@@ -74,10 +74,16 @@ class Case:
     run: Callable[[Mapping[str, str]], list[Measured]]
 
 
+def slug(name: str) -> str:
+    """`name` as a part of a file's name."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
 def left_out(case: Case, texts: Sequence[str] | None) -> dict[str, str]:
     """The ways of a case whose names hold none of `texts` (None: none), with the reason."""
-    ways = case.settings.get("ways", ()) if texts is not None else ()
-    return {way: LEFT_OUT for way in ways if not any(text in way for text in texts or ())}
+    if texts is None:
+        return {}
+    return {way: LEFT_OUT for way in case.settings.get("ways", ()) if not any(text in way for text in texts)}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import harness
 import torch
 from model_folders import make_folder
-from results import Measured, is_transient
+from results import Measured, is_transient, slug
 from rollout_checks import ERROR, GREEDY_ERROR, STALE, SYNCED
 from rollout_setting import COLD, REFERENCE, TRL, WITH_VLLM, Setting
 from way_process import QUIET, FailedError, Pool, Script, WayProcess
@@ -201,8 +201,7 @@ class Driver:
             path.write_text(json.dumps({"rounds": way.rounds, "checks": way.checks}), encoding="utf-8")
 
     def _path(self, job: Job, way: Measurement) -> Path | None:
-        slug = "".join(letter if letter.isalnum() else "-" for letter in way.name)
-        return None if self._kept is None else self._kept / self._key(job) / f"{slug}.json"
+        return None if self._kept is None else self._kept / self._key(job) / f"{slug(way.name)}.json"
 
 
 _WRONG = "computes something else"

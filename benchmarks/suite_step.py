@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import harness
 import step_plots
 import torch
-from results import Case, Measured, Result, digest_of, is_transient, load_suite, write_whole
+from results import Case, Measured, Result, digest_of, is_transient, load_suite, slug, write_whole
 from step_checks import check_counts, draw_completions, gradient_error, mean, median_interval, merge
 from step_driver import JudgeProcess
 from step_setting import AHEAD, GRPO, MRPO, OURS, REFERENCE, REFERENCE_MICRO_BATCH, TRL, Setting
@@ -269,7 +269,7 @@ class _Case:
         """Gradients of completions that were drawn beforehand, against those of the first way that computed them."""
         folder = self._made.kept(self._key) or self._made.folder / self._key
         folder.mkdir(parents=True, exist_ok=True)
-        own, truth = folder / f"{_slug(way.name)}.pt", folder / "truth.pt"
+        own, truth = folder / f"{slug(way.name)}.pt", folder / "truth.pt"
         sampled = folder / "sampled.pt"
         torch.save(draw_completions(self._examples(), self._setting), sampled)
         self._process(way).ask("gradients", timeout=self._timeout, sampled=str(sampled), path=str(own))
@@ -308,7 +308,7 @@ class _Case:
     def _read(self, way: Measurement) -> None:
         """Takes over the steps that were timed before the case was broken off."""
         path = self._made.kept(self._key)
-        if path is not None and (path := path / f"{_slug(way.name)}.json").exists():
+        if path is not None and (path := path / f"{slug(way.name)}.json").exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             way.steps, way.error = content["steps"], content["error"]
 
@@ -317,7 +317,7 @@ class _Case:
         if path is not None and way.failure is None:
             path.mkdir(parents=True, exist_ok=True)
             content = {"steps": way.steps, "error": way.error}
-            write_whole(path / f"{_slug(way.name)}.json", json.dumps(content))
+            write_whole(path / f"{slug(way.name)}.json", json.dumps(content))
 
     def forget(self) -> None:
         """Drops what was kept of a case that is finished: its result is kept elsewhere."""
@@ -351,10 +351,6 @@ def plots(results: Sequence[Result], out: Path) -> list[Path]:
 
 def _order(name: str) -> int:
     return (OURS, AHEAD, TRL, REFERENCE).index(name)
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def _dtype() -> torch.dtype:

@@ -18,7 +18,7 @@ import harness
 import torch
 import update_plots
 from harness import PRODUCT, Candidate, Step
-from results import Case, Measured, Result, write_whole
+from results import Case, Measured, Result, slug, write_whole
 from tables import Table, Target, failure_cell, target_cell
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def profile_of(step: Step) -> str:
         return found.key_averages().table(
             sort_by="self_device_time_total", row_limit=PROFILE_ROWS, max_name_column_width=100
         )
-    except Exception as error:
+    except Exception as error:  # the case is measured by now, and must not be lost for want of a profile
         return f"{type(error).__name__}: {error}"
 
 
@@ -350,8 +350,7 @@ def _profiles(results: Sequence[Result], out: Path) -> Iterator[Path]:
     """Writes the profiles of the cases that have one."""
     for result in results:
         if text := result[OURS].values.get("profile"):
-            slug = "".join(letter if letter.isalnum() else "-" for letter in result.name)
-            path = out / f"update-profile-{slug}.txt"
+            path = out / f"update-profile-{slug(result.name)}.txt"
             write_whole(path, text)
             yield path
 

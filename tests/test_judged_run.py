@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -66,20 +67,24 @@ def test_an_update_in_the_order_of_verdicts_is_the_same_update(tmp_path: Path, m
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
+def failing_from(event: Path, mended: threading.Event) -> Callable[[dict[str, Any], int], Answer]:
+    """An endpoint that is out of order from when `event` is there until it is mended."""
+
+    def otherwise(record: dict[str, Any], attempt: int) -> Answer:
+        if mended.is_set() or not event.exists():
+            return verdict(record)
+        return 503, {}, '{"error": {"message": "out of order"}}'
+
+    return otherwise
+
+
 def test_a_run_stops_when_its_judge_fails_and_goes_on_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    mended = threading.Event()
-    run = tmp_path / "run"
-
-    def otherwise(record: dict[str, Any], attempt: int) -> Answer:
-        if mended.is_set() or not (run / "checkpoints" / "step-000001").exists():
-            return verdict(record)
-        return 503, {}, '{"error": {"message": "out of order"}}'
-
+    mended, run = threading.Event(), tmp_path / "run"
     with running_server() as server:
-        server.otherwise = otherwise
+        server.otherwise = failing_from(run / "checkpoints" / "step-000001", mended)
         arguments = [
             f"output_dir={run}",
             *ARGUMENTS,
@@ -103,16 +108,9 @@ def test_an_evaluation_without_its_judge_ends_the_run_and_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    mended = threading.Event()
-    run = tmp_path / "run"
-
-    def otherwise(record: dict[str, Any], attempt: int) -> Answer:
-        if mended.is_set() or not (run / "policy").exists():
-            return verdict(record)
-        return 503, {}, '{"error": {"message": "out of order"}}'
-
+    mended, run = threading.Event(), tmp_path / "run"
     with running_server() as server:
-        server.otherwise = otherwise
+        server.otherwise = failing_from(run / "policy", mended)
         arguments = [
             f"output_dir={run}", *ARGUMENTS, "eval.at_end=true", "data.eval_size=6", "optim.steps=1",
             f"judge.base_url={server.url}", "judge.retries=0", "judge.breaker_patience=0",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from thread_processes import Meeting
+from thread_processes import Meeting, ThreadRuntime
 
 from mrpo.config import Config
 from mrpo.errors import UserError
@@ -28,19 +28,6 @@ class Alone(Runtime):
 
     def gather_objects(self, item: Any) -> list[Any]:
         return [item]
-
-
-class Host(Runtime):
-    """One of the processes, which are threads here."""
-
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        super().__init__(rank, meeting.size, torch.device("cpu"), meeting)
-
-    def barrier(self) -> None:
-        self.group.gather(self.rank, None)
-
-    def gather_objects(self, item: Any) -> list[Any]:
-        return self.group.gather(self.rank, item)
 
 
 ALONE = Alone(0, 1, torch.device("cpu"))
@@ -219,8 +206,9 @@ def test_hosts_that_do_not_share_the_folder_are_named(tmp_path: Path, monkeypatc
         names.host = f"host-of-{disk}"
         (tmp_path / disk).mkdir(exist_ok=True)
         config = config_in(tmp_path / disk / "run")
+        runtime: Any = ThreadRuntime(rank, meeting, torch.device("cpu"))
         try:
-            with prepared_folder(config, Host(rank, meeting), resume=False, overwrite=False, patience=0.2):
+            with prepared_folder(config, runtime, resume=False, overwrite=False, patience=0.2):
                 return "it goes on"
         except UserError as error:
             return str(error)

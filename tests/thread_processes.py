@@ -39,6 +39,13 @@ class ThreadRuntime:
     def world_size(self) -> int:
         return self.meeting.size
 
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        self.gather_objects(None)
+
     def gather_objects(self, item: Any) -> list[Any]:
         return self.meeting.gather(self.rank, item)
 
