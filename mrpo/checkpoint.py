@@ -74,20 +74,11 @@ class CheckpointStore:
         return final
 
     def load_latest(self, engine: Any) -> TrainerState | None:
-        """Restores the newest checkpoint into `engine`; None if there is none.
-
-        Raises:
-            UserError: the checkpoint was written by another number of processes.
-        """
+        """Restores the newest checkpoint into `engine`; None if there is none. See `check_resumable`."""
         found = checkpoints(self._folder)
         if not found:
             return None
         path, state = found[-1]
-        if state.world_size != self._runtime.world_size:
-            raise UserError(
-                f"{path} was written by {state.world_size} processes and cannot be continued by "
-                f"{self._runtime.world_size}; start the same number"
-            )
         engine.load_checkpoint(str(path), tag=_TAG)
         return state
 
@@ -120,16 +111,24 @@ def checkpoints(folder: Path) -> list[tuple[Path, TrainerState]]:
     return [(path, TrainerState(**json.loads((path / _STATE).read_text()))) for path in paths]
 
 
-def check_steps(folder: Path, optim: OptimConfig, total_steps: int) -> None:
-    """Refuses to continue the run with checkpoints in `folder` as one of `total_steps`, fewer than it has done.
+def check_resumable(folder: Path, optim: OptimConfig, total_steps: int, world_size: int) -> None:
+    """Refuses to continue the run with checkpoints in `folder` by another number of processes, or to fewer steps.
 
-    Its policy would be exported and evaluated as that of a shorter run.
+    Fewer than it has done: its policy would be exported and evaluated as that of a shorter run.
 
     Raises:
         UserError: names both numbers.
     """
     found = checkpoints(folder)
-    if found and total_steps < (done := found[-1][1].step):
+    if not found:
+        return
+    path, state = found[-1]
+    if state.world_size != world_size:
+        raise UserError(
+            f"{path} was written by {state.world_size} processes and cannot be continued by {world_size}; start the "
+            "same number"
+        )
+    if total_steps < (done := state.step):
         asked = f"optim.steps={total_steps} is"
         if optim.steps is None:
             asked = f"optim.epochs={optim.epochs:g} makes {total_steps} steps, which is"

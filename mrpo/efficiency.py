@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrpo.backbones.attention import serves_segments
-from mrpo.backbones.liger import apply_liger, liger_is_installed
+from mrpo.backbones.liger import apply_liger, require_liger
 from mrpo.config import Config
 from mrpo.doctor.memory import (
     PromptSize,
@@ -29,7 +29,6 @@ from mrpo.doctor.memory import (
     total,
     uses_liger,
 )
-from mrpo.errors import UserError
 from mrpo.runtime import Runtime
 
 # Share of the free memory that the estimate may fill: within 2 % of a prototype's peaks; memory gets fragmented.
@@ -67,7 +66,7 @@ def make_efficient(model: Any, config: Config, runtime: Runtime) -> Efficiency:
     model.train()  # layers recompute nothing in evaluation mode; the families have no dropout
     on_gpu, layers = runtime.device.type == "cuda", model.model.language_model.layers
     compiled = compiles(config, on_gpu=on_gpu)
-    _require_possible(config, on_gpu=on_gpu)
+    require_liger(config.model, on_gpu=on_gpu)
     liger = uses_liger(config, on_gpu=on_gpu, compiled=compiled)
     if liger:
         apply_liger(model)
@@ -150,14 +149,6 @@ def free_memory(model: Any, device: torch.device) -> int:
 
 def _with_checkpointing(config: Config, value: int | Literal["all"]) -> Config:
     return config.model_copy(update={"update": config.update.model_copy(update={"checkpointing": value})})
-
-
-def _require_possible(config: Config, *, on_gpu: bool) -> None:
-    if config.model.liger == "on":
-        if not liger_is_installed():
-            raise UserError("model.liger=on needs the liger-kernel package: pip install 'mrpo[liger]'")
-        if not on_gpu:
-            raise UserError("model.liger=on needs a GPU; set model.liger=auto")
 
 
 def _vision_parameters(model: Any) -> list[torch.nn.Parameter]:

@@ -75,10 +75,11 @@ def num_unjudged(samples: Sequence[EvaluatedSample]) -> int:
 
 
 def validation_metrics(samples: Sequence[EvaluatedSample]) -> dict[str, float]:
-    """Means over the questions: validation/accuracy; of those judged, reward, early (failures) and fully_valid."""
+    """validation/NAME: of all questions accuracy, unjudged; of those judged reward, early (failures), fully_valid."""
     quantities = {"early": is_in_stage("early"), "fully_valid": fully_valid}
     metrics = {
         "accuracy": [float(s.correct) for s in samples],
+        "unjudged": [float(s.validity is None) for s in samples],
         "reward": [s.reward for s in samples if s.validity is not None],
     }
     metrics |= {

@@ -45,12 +45,14 @@ class JudgedRows:
         else it is everything. A process that has no more gives empty parts until the others have none either.
 
         Raises:
-            UserError: more completions stayed unjudged than `judge.max_unjudged` allows.
+            UnjudgedError: more completions stayed unjudged than `judge.max_unjudged` allows.
         """
         size = self.config.rollout.group_size
         waiting = list(range(0, len(self.rows), size))
         found: dict[int, ScoredCompletion] = {}
         own_scores = torch.empty(len(self.rows), len(COLUMNS), dtype=torch.float64)
+        with self.stopwatch.measure("rewards"):
+            answers = self.scorer.reward_answers(self.sampled.pending)
         # GDPO normalises over the whole batch.
         by_group = self.config.algorithm != "gdpo"
         is_last = False
@@ -58,7 +60,7 @@ class JudgedRows:
             with self.stopwatch.measure("judge_wait"):
                 ready = self._judged(waiting) if self.config.update.streamed and by_group else waiting
                 places = [i for first in ready for i in range(first, first + size)]
-                scored = self.scorer.collect([self.sampled.pending[i] for i in places])
+                scored = self.scorer.collect([self.sampled.pending[i] for i in places], [answers[i] for i in places])
             waiting = [first for first in waiting if first not in ready]
             found |= zip(places, scored, strict=True)
             own_scores[places] = scores = score_table(scored, self.config.advantage.tau).view(-1, len(COLUMNS))

@@ -229,7 +229,8 @@ class Policy:
     def _require_finite(self, results: Sequence[tuple[Pass, PassResult]]) -> None:
         bad = [passed for passed, result in results if not bool(torch.isfinite(result.loss))]
         if self._runtime.any(bool(bad)):
-            raise NonFiniteLossError(list((bad or [passed for passed, _ in results])[0].rows))
+            ranks = [rank for rank, found in enumerate(self._runtime.gather_objects(bool(bad))) if found]
+            raise NonFiniteLossError(ranks, list(bad[0].rows) if bad else [])
 
     def _plain_grad_norm(self) -> torch.Tensor | None:
         """The gradient norm before clipping where DeepSpeed keeps none: its plain fp32 engine (ZeRO 0)."""
@@ -244,8 +245,9 @@ class Policy:
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite. `rows` are those of a pass of this process: the first whose loss is not finite."""
+    """The loss is NaN or infinite on the processes `ranks`; `rows` are those of this process's first such pass."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, ranks: Sequence[int], rows: Sequence[Row]) -> None:
         super().__init__("the loss is not finite")
+        self.ranks = ranks
         self.rows = rows

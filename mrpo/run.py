@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from mrpo.arguments import add_config
-from mrpo.backbones import Processor, load_model, load_processor
-from mrpo.checkpoint import CheckpointStore, check_steps
+from mrpo.backbones import Processor, check_model, load_model, load_processor
+from mrpo.checkpoint import CheckpointStore, check_resumable
 from mrpo.config import Config
 from mrpo.data import load_dataset
 from mrpo.data.order import batch_indices, steps_for
@@ -30,7 +30,8 @@ from mrpo.records import EvaluatedSample, Example
 from mrpo.report import draw_curves, draw_failures, draw_timeline
 from mrpo.report.sample import render_sample
 from mrpo.report.table import before_after_table
-from mrpo.rollout import make_engine
+from mrpo.rewards import AnswerReward
+from mrpo.rollout import check_engine, make_engine
 from mrpo.rollout.prompts import check_prompt_lengths
 from mrpo.run_folder import VERDICTS, check_folder, prepared_folder
 from mrpo.runtime import Runtime
@@ -53,6 +54,7 @@ class Inputs:
 
     processor: Processor
     judge: Judge
+    answer_reward: AnswerReward
     train_set: Sequence[Example]
     eval_set: Sequence[Example]
     validation_set: Sequence[Example]
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         check_folder(config, resume=options.resume, overwrite=options.overwrite)
         inputs = load_inputs(config)
         if options.resume:
-            check_steps(config.output_dir / CHECKPOINTS, config.optim, inputs.total_steps)
+            check_resumable(config.output_dir / CHECKPOINTS, config.optim, inputs.total_steps, _world_size())
         runtime = Runtime.start(config.seed)
         status = train(config, inputs, runtime, resume=options.resume, overwrite=options.overwrite)
     except UserError as error:
@@ -106,7 +108,7 @@ def load_inputs(config: Config) -> Inputs:
     Raises:
         UserError: names what is wrong with the model folder, the data, the judge or the batch.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _world_size()
     per_prompt = 1 if config.algorithm == "sft" else config.rollout.group_size
     prompts_per_step = config.optim.batch_size // per_prompt
     if prompts_per_step % world_size:
@@ -115,7 +117,10 @@ def load_inputs(config: Config) -> Inputs:
             f"{world_size} processes cannot share evenly; use a multiple of {per_prompt * world_size}"
         )
     processor = load_processor(config)
+    check_model(config.model)
+    check_engine(config.rollout, world_size)
     require_packages(config.log)
+    answer_reward = AnswerReward(config.reward)
     train_set, unexplained = _load_train_set(config)
     eval_set = load_dataset(config.data, "test") if config.eval.at_start or config.eval.at_end else ()
     validation_set = load_dataset(config.data, "validation") if config.eval.every else ()
@@ -128,7 +133,14 @@ def load_inputs(config: Config) -> Inputs:
     sizes = check_prompt_lengths(train_set, processor, trained)
     for examples in (eval_set, validation_set):
         sizes |= check_prompt_lengths(examples, processor)
-    return Inputs(processor, judge, train_set, eval_set, validation_set, sizes.max_images, steps, unexplained)
+    return Inputs(
+        processor, judge, answer_reward, train_set, eval_set, validation_set, sizes.max_images, steps, unexplained
+    )
+
+
+def _world_size() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _load_train_set(config: Config) -> tuple[Sequence[Example], int]:
@@ -162,7 +174,7 @@ def _train(config: Config, inputs: Inputs, runtime: Runtime, *, resume: bool) ->
     start_step = state.step if state else 0
     with (
         closing(make_engine(config, processor, policy, runtime, max_images=inputs.max_images)) as engine,
-        closing(Scorer(config, inputs.judge, processor.tokenizer, processor.think_tag)) as scorer,
+        closing(Scorer(config, inputs.judge, processor.tokenizer, processor.think_tag, inputs.answer_reward)) as scorer,
         RunLog(
             config.output_dir,
             config.log,

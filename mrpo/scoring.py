@@ -20,7 +20,7 @@ from mrpo.judge import Judge, gold_rationale
 from mrpo.judge.stats import overlap
 from mrpo.metrics import failure_accumulation_rate, failure_stage, first_failure_point
 from mrpo.records import Completion, Example, Group, JudgeRequest, ScoredCompletion, Step, Unjudged, Verdict
-from mrpo.rewards import AnswerReward, Rewards, length_reward, process_reward
+from mrpo.rewards import AnswerReward, AnswerScore, Rewards, length_reward, process_reward
 from mrpo.runtime import Runtime
 from mrpo.steps import extract_answer, find_steps
 
@@ -43,6 +43,10 @@ COLUMNS = (
     *PARTS,
 )
 NAN = float("nan")
+
+
+class UnjudgedError(UserError):
+    """The judge told too little to go on. Every process meets it at the same place, with the weights as they were."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,24 @@ class Scorer:
     verdicts when they are needed; what the caller does in between hides the judge.
     """
 
-    def __init__(self, config: Config, judge: Judge, tokenizer: object, think_tag: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        judge: Judge,
+        tokenizer: object,
+        think_tag: str,
+        answer_reward: AnswerReward | None = None,
+    ) -> None:
+        """`answer_reward`: that of `config.reward`, if it was made before.
+
+        Raises:
+            UserError: it cannot be made; see `AnswerReward`.
+        """
         self._config = config
         self._judge = judge
         self._tokenizer = tokenizer
         self._think_tag = think_tag
-        self._answer_reward = AnswerReward(config.reward)
+        self._answer_reward = answer_reward or AnswerReward(config.reward)
         self._waited = 0.0
         self._has_gold: list[bool] = []  # of the completions collected
 
@@ -96,14 +112,25 @@ class Scorer:
                 return judged
             wait((verdict for verdicts in awaited for verdict in verdicts), return_when=FIRST_COMPLETED)
 
-    def collect(self, pending: Sequence[PendingScore]) -> list[ScoredCompletion]:
+    def reward_answers(self, pending: Sequence[PendingScore]) -> list[AnswerScore]:
+        """The answer rewards, in order, which need no verdict."""
+        return reward_answers(pending, self._answer_reward)
+
+    def collect(
+        self, pending: Sequence[PendingScore], answers: Sequence[AnswerScore] | None = None
+    ) -> list[ScoredCompletion]:
         """Waits for the verdicts and computes the rewards, in order.
+
+        Args:
+            answers: what `reward_answers` gave for `pending`; None: computed here, before the wait.
 
         Raises:
             UserError: verdicts cannot be kept.
         """
         self._has_gold += [gold_rationale(item.parsed.example) is not None for item in pending]
-        scored, waited = collect_scores(pending, answer_reward=self._answer_reward, config=self._config.reward)
+        if answers is None:
+            answers = self.reward_answers(pending)
+        scored, waited = collect_scores(pending, answers, self._config.reward)
         self._waited += waited
         return scored
 
@@ -137,17 +164,25 @@ def submit_parsed(parsed: ParsedCompletion, judge: Judge) -> PendingScore:
     return PendingScore(parsed, judge.submit(request))
 
 
-def collect_scores(
-    pending: Sequence[PendingScore], *, answer_reward: AnswerReward, config: RewardConfig
-) -> tuple[list[ScoredCompletion], float]:
-    """The scored completions, in order, and the seconds that went by waiting for verdicts."""
+def reward_answers(pending: Sequence[PendingScore], answer_reward: AnswerReward) -> list[AnswerScore]:
+    """The answer rewards of completions, in order, judged or not."""
     parsed = [item.parsed for item in pending]
-    answer_rewards = answer_reward([p.answer for p in parsed], [p.example.answer for p in parsed])
+    return answer_reward([p.answer for p in parsed], [p.example.answer for p in parsed])
+
+
+def collect_scores(
+    pending: Sequence[PendingScore], answers: Sequence[AnswerScore], config: RewardConfig
+) -> tuple[list[ScoredCompletion], float]:
+    """The scored completions, in order, and the seconds that went by waiting for verdicts.
+
+    `answers`: their answer rewards; see `reward_answers`.
+    """
+    parsed = [item.parsed for item in pending]
     began = time.perf_counter()
     verdicts = [item.verdict.result() for item in pending]
     waited = time.perf_counter() - began
     scored = []
-    for item, verdict, (value, parts) in zip(parsed, verdicts, answer_rewards, strict=True):
+    for item, verdict, (value, parts) in zip(parsed, verdicts, answers, strict=True):
         rewards = Rewards(
             answer=value,
             process=process_reward(verdict, len(item.steps)),
@@ -169,13 +204,13 @@ def check_judged(
         what: whose completions they are, for the message.
 
     Raises:
-        UserError: `share` is above `judge.max_unjudged`.
+        UnjudgedError: `share` is above `judge.max_unjudged`. Every process raises it.
     """
     if share > config.max_unjudged:
         reasons = [item.verdict.reason for item in scored if isinstance(item.verdict, Unjudged)]
         # The process that tells it may have had an answer to every request of its own.
         told = next(reason for reason in runtime.gather_objects(next(iter(reasons), None)) if reason)
-        raise UserError(
+        raise UnjudgedError(
             f"the judge left {share:.0%} of {what} unjudged, above judge.max_unjudged={config.max_unjudged:.0%}: "
             f"{told}; when the judge answers again, continue with --resume, which asks only for what is missing"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -14,18 +14,21 @@ class Stopwatch:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
-    def measure(self, stage: str, apart_from: str = "") -> Iterator[None]:
+    def measure(self, stage: str, apart_from: Sequence[str] = ()) -> Iterator[None]:
         """Adds the time that the block takes to `stage`, whether it ends well or not.
 
         Args:
-            apart_from: a stage measured inside of the block, whose time there does not count for this one.
+            apart_from: stages measured inside of the block, whose time there does not count for this one.
         """
-        began, before = time.perf_counter(), self._seconds.get(apart_from, 0.0)
+        began, before = time.perf_counter(), self._sum(apart_from)
         try:
             yield
         finally:
-            other = self._seconds.get(apart_from, 0.0) - before
+            other = self._sum(apart_from) - before
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - began - other
+
+    def _sum(self, stages: Sequence[str]) -> float:
+        return sum(self._seconds.get(stage, 0.0) for stage in stages)
 
     def take(self) -> dict[str, float]:
         """The seconds of every stage since the last call."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,7 @@ from mrpo.runtime import Runtime
 from mrpo.samples import sample_record, save_images
 from mrpo.sampling import Sampled, Sampler, token_weights
 from mrpo.schedule import learning_rate
-from mrpo.scoring import Scorer
+from mrpo.scoring import Scorer, UnjudgedError
 from mrpo.seeding import derive_seed
 from mrpo.step_metrics import score_metrics, update_metrics
 from mrpo.stopwatch import Stopwatch
@@ -62,25 +61,42 @@ class Trainer:
         """Trains from `start_step` (finished steps) to `total_steps`, then exports the policy.
 
         False if it was asked to stop: then a checkpoint of the last finished step is there, and no export.
+
+        Raises:
+            UserError: the loss is not finite, or the judge left too much unjudged; in the second case a checkpoint of
+                the last finished step is there, too.
         """
         train_step = self._sft_step if self.config.algorithm == "sft" else self._rl_step
         self._restore(start_step)
+        state: TrainerState | None = None
         for step in range(start_step, self.total_steps):
             # Nothing may depend on how many random numbers earlier steps drew.
             torch.manual_seed(derive_seed("step", self.config.seed, step, self.runtime.rank))
-            with self._stopwatch.measure("step"):
-                metrics = train_step(step)
+            try:
+                with self._stopwatch.measure("step"):
+                    metrics = train_step(step)
+            except UnjudgedError:
+                if state is not None:
+                    self._save(state)
+                raise
+            state = TrainerState(
+                step + 1, metrics.get("reward", -metrics["loss"]), self.runtime.world_size, self.policy.packing
+            )
             seconds = self._stopwatch.take()
             if "completion/tokens_total" in metrics:
                 metrics["tokens_per_s"] = metrics.pop("completion/tokens_total") / seconds["step"]
-            score = metrics.get("reward", -metrics["loss"])
+            metrics |= {f"time/{name}": value for name, value in seconds.items()}
             stop = self._is_to_stop()
             # An evaluation may take longer than whoever asks to stop is willing to wait.
             if self._due(self.config.eval.every, step + 1) and not stop:
-                metrics |= self.evaluate()
+                try:
+                    metrics |= self.evaluate()
+                except UnjudgedError:
+                    self.log.log_step(step + 1, metrics)
+                    self._save(state)
+                    raise
                 stop = self._is_to_stop()
-            self.log.log_step(step + 1, metrics | {f"time/{name}": value for name, value in seconds.items()})
-            state = TrainerState(step + 1, score, self.runtime.world_size, self.policy.packing)
+            self.log.log_step(step + 1, metrics)
             is_last = step + 1 == self.total_steps  # which is saved below, and once: processes must agree that it is
             if stop or (self._due(self.config.checkpoint.every, step + 1) and not is_last):
                 self._save(state)
@@ -90,7 +106,7 @@ class Trainer:
         if self.config.checkpoint.export:
             self.engine.sleep()
             self.policy.export(self.config.output_dir / "policy")
-        if start_step < self.total_steps:
+        if state is not None:
             self._save(state)
         return True
 
@@ -105,7 +121,11 @@ class Trainer:
         sampled = self._waiting.popleft()
         judged = JudgedRows(self.config, self.runtime, self.scorer, self._stopwatch, sampled)
         lr = learning_rate(self.config.optim, step, self.total_steps)
-        stats = self._update(judged.parts(), judged.rows, lr, step)
+        try:
+            stats = self._update(judged.parts(), judged.rows, lr, step)
+        except UnjudgedError:
+            self._waiting.appendleft(sampled)  # to be judged when the run goes on
+            raise
         self._log_samples(step, sampled.groups, judged.scored, judged.rows)
         metrics = update_metrics(stats, lr, self.runtime)
         del metrics["nll"]  # of the tokens with an advantage alone
@@ -128,16 +148,19 @@ class Trainer:
         """The optimizer steps, the first on `parts` of `rows` as they come; then the engine has the new weights."""
         self.engine.sleep()  # where the step sampled nothing, an evaluation or the last weights have woken it
         try:
-            with self._stopwatch.measure("update", apart_from="judge_wait"):
+            with self._stopwatch.measure("update", apart_from=("rewards", "judge_wait")):
                 for _ in range(self.config.loss.updates_per_rollout):
                     stats = self.policy.update_in_parts(parts, lr)
                     parts = [(rows, True)]
                     for message in stats.messages:
                         self.log.message(message)
         except NonFiniteLossError as error:
-            path = Path(self.config.output_dir) / f"nonfinite-step{step + 1}-rank{self.runtime.rank}.pt"
-            torch.save([row.tensors() for row in error.rows], path)
-            raise UserError(f"step {step + 1}: the loss is not finite; the step's inputs are in {path}") from error
+            paths = {r: self.config.output_dir / f"nonfinite-step{step + 1}-rank{r}.pt" for r in error.ranks}
+            if self.runtime.rank in paths:
+                torch.save([row.tensors() for row in error.rows], paths[self.runtime.rank])
+            self.runtime.barrier()  # whoever tells it ends the run
+            where = paths[error.ranks[0]]
+            raise UserError(f"step {step + 1}: the loss is not finite; the step's inputs are in {where}") from error
         if self.config.algorithm != "sft":
             with self._stopwatch.measure("sync"):
                 self.engine.sync(self.policy.weights)

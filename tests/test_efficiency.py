@@ -11,7 +11,7 @@ from tiny_models import TINY_FAMILIES
 from torch.utils.checkpoint import checkpoint
 
 from mrpo import efficiency
-from mrpo.backbones import load_model
+from mrpo.backbones import liger, load_model
 from mrpo.backbones.attention import use_prefix_attention
 from mrpo.config import Config
 from mrpo.doctor.memory import PromptSize, estimate, size_of, total
@@ -184,10 +184,10 @@ def test_liger_that_is_asked_for_must_be_possible(
     tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny_folder("qwen3_vl"))
-    monkeypatch.setattr(efficiency, "liger_is_installed", lambda: True)
+    monkeypatch.setattr(liger, "liger_is_installed", lambda: True)
     with pytest.raises(UserError, match=r"model\.liger=on needs a GPU"):
         efficiency.make_efficient(model, settings("model.liger=on"), CPU)
-    monkeypatch.setattr(efficiency, "liger_is_installed", lambda: False)
+    monkeypatch.setattr(liger, "liger_is_installed", lambda: False)
     with pytest.raises(UserError, match=r"pip install 'mrpo\[liger\]'"):
         efficiency.make_efficient(model, settings("model.liger=on"), CPU)
     assert not efficiency.make_efficient(model, settings(), CPU).liger

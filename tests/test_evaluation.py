@@ -129,6 +129,7 @@ def test_accuracy_is_of_all_and_the_rest_of_those_judged() -> None:
     assert validation_metrics(samples) == pytest.approx(
         {
             "validation/accuracy": 0.5,
+            "validation/unjudged": 0.25,
             "validation/reward": 1.0,
             "validation/early": 1 / 3,
             "validation/fully_valid": 1 / 3,
@@ -137,4 +138,7 @@ def test_accuracy_is_of_all_and_the_rest_of_those_judged() -> None:
 
 
 def test_without_a_judged_completion_only_accuracy_is_known() -> None:
-    assert validation_metrics([sample(True, None, 1.0)]) == {"validation/accuracy": 1.0}
+    assert validation_metrics([sample(True, None, 1.0)]) == {
+        "validation/accuracy": 1.0,
+        "validation/unjudged": 1.0,
+    }

@@ -343,7 +343,7 @@ def test_a_policy_is_asked_as_its_run_asked_it_unless_told_otherwise(
     assert pixels("--max-prompt-tokens", "300", "--max-image-pixels", "2048") == 2048
     style = json.loads((folder / "mrpo_prompt.json").read_text())
     (folder / "mrpo_prompt.json").write_text(json.dumps(style | {"max_image_pixels": "many"}))
-    with pytest.raises(UserError, match=r"mrpo_prompt\.json must be .*'many'"):
+    with pytest.raises(UserError, match=r"mrpo_prompt\.json must say .*max_image_pixels 'many'"):
         read_prompt_style(str(folder))
 
 

@@ -125,23 +125,32 @@ def test_all_verdicts_are_waited_for_where_order_or_the_whole_batch_counts(secti
     assert advantages(step) == expected_advantages(step)
 
 
-def test_the_wait_is_measured_and_nothing_that_is_done_with_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_scored_before_the_wait_which_holds_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     step = Step()
+    scorer = step.judged.scorer
+    reward = scorer._answer_reward
 
     def verdicts_come() -> None:
         nonlocal now
         now += 7
         step.judge(*range(2, 8))
 
+    def slow_reward(predictions: list[str], golds: list[str]) -> list[tuple[float, dict[str, float]]]:
+        nonlocal now
+        now += 3
+        return reward(predictions, golds)
+
+    monkeypatch.setattr(scorer, "_answer_reward", slow_reward)
+
     step.judge(0, 1)
     next(step.parts)
     now += 100  # the update
     threading.Timer(0.05, verdicts_come).start()
     next(step.parts)
-    assert step.watch.take() == {"judge_wait": 7}
-    assert step.judged.scorer._waited == 7
+    assert step.watch.take() == {"rewards": 3, "judge_wait": 7}
+    assert scorer._waited == 7
 
 
 def test_the_rows_are_one_list_that_is_filled_in_place() -> None:

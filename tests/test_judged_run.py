@@ -67,11 +67,11 @@ def test_an_update_in_the_order_of_verdicts_is_the_same_update(tmp_path: Path, m
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
-def failing_from(event: Path, mended: threading.Event) -> Callable[[dict[str, Any], int], Answer]:
-    """An endpoint that is out of order from when `event` is there until it is mended."""
+def failing_from(event: Callable[[], bool], mended: threading.Event) -> Callable[[dict[str, Any], int], Answer]:
+    """An endpoint that is out of order from `event` on until it is mended."""
 
     def otherwise(record: dict[str, Any], attempt: int) -> Answer:
-        if mended.is_set() or not event.exists():
+        if mended.is_set() or not event():
             return verdict(record)
         return 503, {}, '{"error": {"message": "out of order"}}'
 
@@ -82,26 +82,27 @@ def test_a_run_stops_when_its_judge_fails_and_goes_on_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    mended, run = threading.Event(), tmp_path / "run"
+    """Nothing is lost: not the steps that no checkpoint was due for, nor completions that only earlier weights make."""
+    mended, run, unbroken = threading.Event(), tmp_path / "run", tmp_path / "unbroken"
     with running_server() as server:
-        server.otherwise = failing_from(run / "checkpoints" / "step-000001", mended)
+        server.otherwise = failing_from(lambda: len(read_metrics(run)) == 1, mended)
         arguments = [
-            f"output_dir={run}",
-            *ARGUMENTS,
-            "optim.steps=3",
-            "checkpoint.every=1",
-            f"judge.base_url={server.url}",
-            "judge.retries=0",
-            "judge.breaker_patience=0",
-        ]
-        stopped = launch(TRAIN, arguments)
+            *ARGUMENTS, "optim.steps=3", "rollout.ahead=1", "checkpoint.every=0", "update.streamed=false",
+            f"judge.base_url={server.url}", "judge.retries=0", "judge.breaker_patience=0",
+        ]  # fmt: skip
+        stopped = launch(TRAIN, [f"output_dir={run}", *arguments])
         assert stopped.returncode != 0
         assert "100% of a step's completions unjudged, above judge.max_unjudged=50%" in stopped.stderr
         assert "out of order" in stopped.stderr
-        assert [record["step"] for record in read_metrics(run)] == [1]
+        assert [record["step"] for record in read_metrics(run)] == [1, 2]
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
         mended.set()
-        train(*arguments, "--resume")
-    assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]
+        train(f"output_dir={run}", *arguments, "--resume")
+        train(f"output_dir={unbroken}", *arguments)
+    found, expected = read_metrics(run), read_metrics(unbroken)
+    assert [record["step"] for record in found] == [1, 2, 3]
+    for name in ("reward", "loss", "grad_norm", "entropy", "completion/tokens"):
+        assert [record[name] for record in found] == [record[name] for record in expected], name
 
 
 def test_an_evaluation_without_its_judge_ends_the_run_and_is_repeated(
@@ -110,7 +111,7 @@ def test_an_evaluation_without_its_judge_ends_the_run_and_is_repeated(
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     mended, run = threading.Event(), tmp_path / "run"
     with running_server() as server:
-        server.otherwise = failing_from(run / "policy", mended)
+        server.otherwise = failing_from((run / "policy").exists, mended)
         arguments = [
             f"output_dir={run}", *ARGUMENTS, "eval.at_end=true", "data.eval_size=6", "optim.steps=1",
             f"judge.base_url={server.url}", "judge.retries=0", "judge.breaker_patience=0",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from launching import TRAIN, launch, read_metrics, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mrpo.backbones import load_model
+from mrpo.config import ModelConfig
 from mrpo.data.phantom import PhantomDataset
 from mrpo.data.targets import explained
 from mrpo.data.vqa_rad import IMAGES, QUESTIONS
@@ -56,6 +60,7 @@ def test_prompts_that_processes_cannot_share(tiny_policy: Path, monkeypatch: pyt
         ("tokenizer*", "tokenizer"),
         ("preprocessor_config.json", "image processor"),
         ("chat_template.jinja", "chat template"),
+        ("model.safetensors", "model.safetensors.index.json"),
     ],
 )
 def test_a_model_folder_that_lacks_a_file(tiny_policy: Path, tmp_path: Path, removed: str, word: str) -> None:
@@ -68,6 +73,44 @@ def test_a_model_folder_that_lacks_a_file(tiny_policy: Path, tmp_path: Path, rem
     message = inputs_error(folder)
     assert str(folder) in message
     assert word in message
+
+
+def test_weights_that_are_cut_off(tiny_policy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=f"the weights of model.path={folder} cannot be loaded"):
+        load_model(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "missing", "told"),
+    [
+        ("rollout.engine=vllm", "vllm", r"pip install mrpo\[vllm\]"),
+        ("model.lora_rank=8", "peft", r"model.lora_rank=8 needs the peft package"),
+        ("model.liger=on", "liger_kernel", r"model.liger=on needs the liger-kernel package"),
+        ("reward.bertscore_model=./nowhere", "", r"reward.bertscore_model='./nowhere' cannot be loaded"),
+    ],
+)
+def test_what_is_not_there_is_told_before_weights_are_read(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, setting: str, missing: str, told: str
+) -> None:
+    find = importlib.util.find_spec
+
+    def found(name: str, package: str | None = None) -> Any:
+        return None if name == missing else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    monkeypatch.setattr("mrpo.backbones.lora.find_spec", found)
+    monkeypatch.setattr("mrpo.backbones.liger.find_spec", found)
+    assert re.search(told, inputs_error(tiny_policy, setting))
+
+
+def test_engines_that_processes_cannot_share(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = inputs_error(tiny_policy, "rollout.engine=vllm", "rollout.tensor_parallel=4")
+    assert "rollout.tensor_parallel=4 must divide the number of processes, 2" in message
 
 
 def test_a_missing_model_folder_and_an_unknown_family(tiny_policy: Path, tmp_path: Path) -> None:
@@ -147,7 +190,7 @@ def test_test_questions_are_needed_only_where_an_evaluation_asks_for_them(tiny_p
     assert (len(inputs.train_set), inputs.eval_set, inputs.validation_set) == (1, (), ())
 
 
-def test_a_run_is_not_continued_as_a_shorter_one(
+def test_a_run_is_not_continued_as_a_shorter_one_or_by_other_processes(
     tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"output_dir={tmp_path}", f"model.path={tiny_policy}", "data.train_size=16"]
@@ -165,11 +208,13 @@ def test_a_run_is_not_continued_as_a_shorter_one(
 
     monkeypatch.setattr("os._exit", end)
     monkeypatch.setattr(Runtime, "start", start)
-    for overrides, told in (
-        (["optim.steps=3"], "optim.steps=3 is below the 4 steps that are done"),
-        (["optim.steps=null", "optim.epochs=3"], "optim.epochs=3 makes 3 steps, which is below the 4 steps"),
-        (["optim.steps=4"], "it starts"),
+    for overrides, processes, told in (
+        (["optim.steps=3"], "1", "optim.steps=3 is below the 4 steps that are done"),
+        (["optim.steps=null", "optim.epochs=3"], "1", "optim.epochs=3 makes 3 steps, which is below the 4 steps"),
+        (["optim.steps=4"], "2", "step-000004 was written by 1 processes and cannot be continued by 2; start the same"),
+        (["optim.steps=4"], "1", "it starts"),
     ):
+        monkeypatch.setenv("WORLD_SIZE", processes)
         with pytest.raises(SystemExit, match="2"):
             main([*arguments, *overrides, "--resume"])
         assert told in capsys.readouterr().err

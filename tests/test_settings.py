@@ -145,12 +145,12 @@ def test_a_mistake_is_one_line_with_key_source_value_and_what_is_right(override:
     assert "\n" not in text
 
 
-def test_reference_is_required_for_a_kl_and_both_sources_are_named(tmp_path: Path) -> None:
-    file = write(tmp_path, "loss:\n  beta: 0.04\n")
-    text = message("loss.reference=none", file=file)
-    assert "loss.beta=0.04 needs a reference policy: set loss.reference=start" in text
-    assert f"loss.beta: {file}, line 2" in text
-    assert "loss.reference: command line" in text
+def test_of_fields_that_do_not_go_together_both_sources_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path, "model:\n  lora_vision: true\n")
+    text = message("model.freeze_vision=true", file=file)
+    assert "model.lora_vision=true would train the vision tower: set model.freeze_vision=false" in text
+    assert f"model.lora_vision: {file}, line 2" in text
+    assert "model.freeze_vision: command line" in text
 
 
 def test_a_correction_needs_an_engine_that_tells_log_probabilities() -> None:

@@ -16,7 +16,7 @@ from mrpo.judge.answers import AnswerJudge, AnswerRequest, make_answer_judge
 from mrpo.judge.cache import CachedAnswerJudge, CachedJudge, IdentifiedAnswerJudge, IdentifiedJudge, VerdictCache
 from mrpo.records import Unjudged
 from mrpo.rewards import AnswerReward
-from mrpo.scoring import ParsedCompletion, PendingScore, collect_scores, submit_parsed
+from mrpo.scoring import ParsedCompletion, PendingScore, collect_scores, reward_answers, submit_parsed
 
 ROUNDS = 8  # completions per request under way in a batch, after each of which progress is told
 
@@ -94,7 +94,8 @@ class Assessor:
         return _Batch(places, scores, [answers[place] for place in range(len(places))])
 
     def _collect(self, batch: _Batch) -> list[Assessed]:
-        scored, _ = collect_scores(batch.scores, answer_reward=self._answer_reward, config=self._config.reward)
+        answers = reward_answers(batch.scores, self._answer_reward)
+        scored, _ = collect_scores(batch.scores, answers, self._config.reward)
         return [
             Assessed(
                 dataset_of(question), question.example, sample, item, answer.result(),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mrpo.backbones.base import EncodedPrompt, Family, Processor, batch_images, to_device
 from mrpo.backbones.internvl import InternVL
-from mrpo.backbones.lora import add_adapters
+from mrpo.backbones.liger import require_liger
+from mrpo.backbones.lora import add_adapters, require_peft
 from mrpo.backbones.patches import embed_patches_by_product
 from mrpo.backbones.qwen_vl import Qwen3VL, Qwen25VL
-from mrpo.config import Config, ModelConfig
+from mrpo.config import Config, ModelConfig, Positive
 from mrpo.errors import UserError
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Processor",
     "PromptStyle",
     "batch_images",
+    "check_model",
     "load_model",
     "load_processor",
     "make_trainable",
@@ -95,8 +98,7 @@ def image_backend(engine: str) -> str:
     return "torchvision" if engine.startswith("vllm") and importlib.util.find_spec("torchvision") else "pil"
 
 
-@dataclass(frozen=True)
-class PromptStyle:
+class PromptStyle(BaseModel, frozen=True, strict=True):
     """How a policy was asked in training, as far as its folder says; None: it does not say.
 
     `max_prompt_tokens` and `max_image_pixels` are the run's prompt.max_tokens and data.max_image_pixels.
@@ -104,16 +106,19 @@ class PromptStyle:
 
     think_tag: str | None = None
     instruction: str | None = None
-    max_prompt_tokens: int | None = None
-    max_image_pixels: int | None = None
+    max_prompt_tokens: Positive | None = None
+    max_image_pixels: Positive | None = None
 
 
 def write_prompt_style(folder: Path, processor: Processor) -> None:
     """Leaves beside an exported policy how it was asked in training."""
     style = PromptStyle(
-        processor.think_tag, processor.instruction, processor.max_prompt_tokens, processor.max_image_pixels
+        think_tag=processor.think_tag,
+        instruction=processor.instruction,
+        max_prompt_tokens=processor.max_prompt_tokens,
+        max_image_pixels=processor.max_image_pixels,
     )
-    (folder / PROMPT_FILE).write_text(json.dumps(asdict(style), indent=2) + "\n", encoding="utf-8")
+    (folder / PROMPT_FILE).write_text(style.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_prompt_style(model_path: str) -> PromptStyle:
@@ -126,24 +131,10 @@ def read_prompt_style(model_path: str) -> PromptStyle:
     if not path.is_file():
         return PromptStyle()
     try:
-        style = json.loads(path.read_text(encoding="utf-8"))
-        return PromptStyle(
-            str(style["think_tag"]),
-            str(style["instruction"]),
-            _positive(style.get("max_prompt_tokens")),
-            _positive(style.get("max_image_pixels")),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} must be a JSON object with think_tag, instruction and, if wanted, max_prompt_tokens and "
-            f"max_image_pixels: {error}"
-        ) from error
-
-
-def _positive(value: Any) -> int | None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"{value!r} is no positive whole number")
-    return value
+        return PromptStyle.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path} must say how the policy is asked, as a run writes it: {wrong.strip()}") from error
 
 
 def find_family(model_type: str, path: str) -> Family:
@@ -155,19 +146,39 @@ def find_family(model_type: str, path: str) -> Family:
     raise UserError(f"model.path={path} is of the family {model_type!r}; known families: {', '.join(known)}")
 
 
+def check_model(config: ModelConfig) -> None:
+    """Refuses a policy that `load_model` cannot load, as far as it can be told without reading weights.
+
+    Raises:
+        UserError: a local folder has no weights in safetensors format, or a package is missing.
+    """
+    folder = Path(model_folder(config.path))
+    if folder.is_dir() and not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise UserError(
+            f"model.path={config.path} has no weights: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} "
+            "(files that unpickle when they are loaded are not read)"
+        )
+    require_peft(config)
+    require_liger(config, on_gpu=torch.cuda.is_available())
+
+
 def load_model(config: ModelConfig) -> Any:
     """The policy's weights (safetensors only) in `config.dtype`: vision tower frozen, adapters added if asked.
 
     Raises:
-        UserError: the family is not known, or adapters are asked for without the peft package.
+        UserError: the family is not known, the weights cannot be read, or adapters are asked for without the peft
+            package.
     """
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_folder(config.path),
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attention,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-    )
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_folder(config.path),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights of model.path={config.path} cannot be loaded: {error}") from error
     embed_patches_by_product(model)
     make_trainable(model, config, find_family(model.config.model_type, config.path))
     return model

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from mrpo.config import ModelConfig
+from mrpo.errors import UserError
+
 # How attention layers of transformers name what turns queries and keys, and liger's of the same arguments.
 _ROTATIONS = {"apply_rotary_pos_emb": "liger_rope", "apply_multimodal_rotary_pos_emb": "liger_qwen2vl_mrope"}
 
@@ -20,6 +23,19 @@ _ROTATIONS = {"apply_rotary_pos_emb": "liger_rope", "apply_multimodal_rotary_pos
 def liger_is_installed() -> bool:
     """Whether the kernels can be had: pip install 'mrpo[liger]'."""
     return find_spec("liger_kernel") is not None and find_spec("triton") is not None
+
+
+def require_liger(config: ModelConfig, *, on_gpu: bool) -> None:
+    """Checks that the kernels can run if `config` insists on them.
+
+    Raises:
+        UserError: liger-kernel is not installed, or there is no GPU.
+    """
+    if config.liger == "on":
+        if not liger_is_installed():
+            raise UserError("model.liger=on needs the liger-kernel package: pip install 'mrpo[liger]'")
+        if not on_gpu:
+            raise UserError("model.liger=on needs a GPU; set model.liger=auto")
 
 
 def apply_liger(model: Any) -> int:

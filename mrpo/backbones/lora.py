@@ -32,8 +32,7 @@ def add_adapters(model: Any, config: ModelConfig, vision_modules: Sequence[str])
     Raises:
         UserError: peft is not installed, or a target is no linear layer of the model.
     """
-    if find_spec("peft") is None:
-        raise UserError(f"model.lora_rank={config.lora_rank} needs the peft package: pip install 'mrpo[lora]'")
+    require_peft(config)
     from peft import LoraConfig, inject_adapter_in_model
 
     towers = ("language_model", *(vision_modules if config.lora_vision else ()))
@@ -53,6 +52,16 @@ def add_adapters(model: Any, config: ModelConfig, vision_modules: Sequence[str])
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(adapter, model)
+
+
+def require_peft(config: ModelConfig) -> None:
+    """Checks that adapters can be made if `config` asks for them.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    if config.lora_rank and find_spec("peft") is None:
+        raise UserError(f"model.lora_rank={config.lora_rank} needs the peft package: pip install 'mrpo[lora]'")
 
 
 def has_adapters(model: Any) -> bool:

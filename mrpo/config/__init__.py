@@ -72,8 +72,6 @@ class Config(Section):
                 problems.append(f"rollout.group_size={group_size} leaves no group to compare with; use at least 2")
             if batch_size % group_size:
                 problems.append(f"optim.batch_size={batch_size} must be a multiple of rollout.group_size={group_size}")
-            if self.loss.beta > 0 and self.loss.reference == "none":
-                problems.append(f"loss.beta={self.loss.beta} needs a reference policy: set loss.reference=start")
             if self.loss.sampler_correction == "on" and self.rollout.engine == "hf":
                 problems.append(
                     "loss.sampler_correction=on needs the sampler's log-probabilities, which rollout.engine=hf does "

@@ -95,7 +95,7 @@ class JudgeConfig(Section):
         "embedded", description="`embedded`: exact on phantom, a lexical stand-in elsewhere; `openai`: an endpoint"
     )
     model: str = Field("gpt-5-mini", description="Model name at the endpoint")
-    base_url: str | None = Field(None, description="Endpoint; default: the openai package's own")
+    base_url: str | None = Field(None, description="Endpoint; default: what OPENAI_BASE_URL says, else OpenAI")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key")
     extra: dict[str, Any] = Field(
         default_factory=dict,

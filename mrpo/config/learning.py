@@ -16,10 +16,7 @@ class LossConfig(Section):
 
     epsilon_low: float = Field(0.2, gt=0.0, lt=1.0, description="Lower clip of the importance ratio, 1 - epsilon_low")
     epsilon_high: float = Field(0.2, gt=0.0, description="Upper clip of the importance ratio, 1 + epsilon_high")
-    beta: float = Field(0.0, ge=0.0, description="Weight of the k3 KL to the reference policy (paper's code: 0.04)")
-    reference: Literal["start", "none"] = Field(
-        "start", description="Reference policy of the KL: a frozen copy of the start policy, or none"
-    )
+    beta: float = Field(0.0, ge=0.0, description="Weight of the k3 KL to the start policy (paper's code: 0.04)")
     reference_offload: bool = Field(False, description="Keep the reference policy in host memory between its uses")
     updates_per_rollout: Positive = Field(1, description="Optimizer steps on each batch of rollouts")
     sampler_correction: Literal["auto", "on", "off"] = Field(

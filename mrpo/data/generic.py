@@ -109,7 +109,7 @@ class RowImages:
         self._find, self._store = find, ImageStore(store_folder)
 
     def __call__(self, row: Mapping[str, Any]) -> tuple[Path | Image.Image, ...]:
-        key = "images" if row.get("images") is not None else "image"
+        key = "images" if row.get("images") is not None or "image" not in row else "image"
         if key not in row:
             raise BadRow('"image" is missing (null for a question without one)')
         value = row[key]

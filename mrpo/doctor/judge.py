@@ -10,6 +10,7 @@ import openai
 
 from mrpo.config import Config, JudgeConfig
 from mrpo.doctor.check import Check
+from mrpo.judge.endpoint import own_base_url
 
 PATIENCE = 5.0  # seconds until an endpoint that says nothing counts as unreachable
 
@@ -31,13 +32,14 @@ def check_judge(config: Config) -> Check:
 
 async def _check_endpoint(judge: JudgeConfig) -> Check:
     key, set_key = os.environ.get(judge.api_key_env, ""), f"export {judge.api_key_env}=KEY"
-    if not key and judge.base_url is None:
+    base_url = own_base_url(judge)
+    if not key and base_url is None:
         fact = f"{judge.model} at OpenAI needs a key, and {judge.api_key_env} is not set"
         return Check("judge", "missing", fact, set_key)
-    place = _without_secrets(judge.base_url) if judge.base_url else "OpenAI"
+    place = _without_secrets(base_url) if base_url else "OpenAI"
     reach = "judge.base_url=URL of an endpoint that runs, as `vllm serve MODEL` starts one"
     try:
-        models = await asyncio.wait_for(_list_models(judge, key or "EMPTY"), 2 * PATIENCE)
+        models = await asyncio.wait_for(_list_models(base_url, key or "EMPTY"), 2 * PATIENCE)
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         told = "refuses the key in" if key else "wants a key, and there is none in"
         return Check("judge", "missing", f"{place} {told} {judge.api_key_env} ({error.status_code})", set_key)
@@ -55,8 +57,8 @@ async def _check_endpoint(judge: JudgeConfig) -> Check:
     return Check("judge", "ok", f"{judge.model} at {place}")
 
 
-async def _list_models(judge: JudgeConfig, key: str) -> list[str]:
-    async with openai.AsyncOpenAI(api_key=key, base_url=judge.base_url, timeout=PATIENCE, max_retries=0) as client:
+async def _list_models(base_url: str | None, key: str) -> list[str]:
+    async with openai.AsyncOpenAI(api_key=key, base_url=base_url, timeout=PATIENCE, max_retries=0) as client:
         return [str(model.id) for model in (await client.models.list()).data]
 
 

@@ -64,8 +64,13 @@ class ChatRequest(Generic[Answer]):
     group: str
 
 
+def own_base_url(config: JudgeConfig) -> str | None:
+    """The address of an endpoint that is not OpenAI's: `judge.base_url`, or what OPENAI_BASE_URL says; None: OpenAI."""
+    return config.base_url or os.environ.get("OPENAI_BASE_URL") or None
+
+
 class Endpoint:
-    """`config.model` at `config.base_url`. `identity` tells it, and how it is asked, from any other.
+    """`config.model` at `own_base_url(config)`, or at OpenAI. `identity` tells it, and how it is asked, from any other.
 
     Args:
         sleep: what waits for some seconds before a retry.
@@ -76,7 +81,8 @@ class Endpoint:
 
     def __init__(self, config: JudgeConfig, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         key = os.environ.get(config.api_key_env, "")
-        if not key and config.base_url is None:
+        self._base_url = own_base_url(config)
+        if not key and self._base_url is None:
             raise UserError(
                 f"judge.kind=openai needs a key: set the environment variable {config.api_key_env} "
                 "(judge.api_key_env), or judge.base_url for an endpoint without keys"
@@ -94,10 +100,9 @@ class Endpoint:
         self._client: openai.AsyncOpenAI
         self._slots: asyncio.Semaphore
         self._breaker: CircuitBreaker
-        place = config.base_url or os.environ.get("OPENAI_BASE_URL") or "default"
         asked = {"extra", "image_detail", "max_image_pixels", "count_in_schema"}
         changes = config.model_dump(mode="json", include=asked, exclude_defaults=True)
-        self.identity = f"{config.model} at {place} {json.dumps(changes, sort_keys=True)}"
+        self.identity = f"{config.model} at {self._base_url or 'default'} {json.dumps(changes, sort_keys=True)}"
 
     def submit(self, request: ChatRequest[Answer]) -> Future[Answer | Unjudged]:
         """Asks in the background. The future raises nothing that the endpoint does."""
@@ -136,7 +141,7 @@ class Endpoint:
             config.breaker_failures, config.breaker_pause, config.breaker_patience, on_open=self._tell_that_it_is_down
         )
         async with openai.AsyncOpenAI(
-            api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=0
+            api_key=self._key, base_url=self._base_url, timeout=config.timeout, max_retries=0
         ) as self._client:
             yield
 
@@ -212,7 +217,7 @@ class Endpoint:
         """The response, after as many tries as it takes and `retries` allow."""
         config = self.config
         # Requests that begin alike should meet at one machine, and find there what it has read before.
-        routing = {"prompt_cache_key": request.group} if config.base_url is None else {}
+        routing = {"prompt_cache_key": request.group} if self._base_url is None else {}
         for retry in itertools.count():
             try:
                 async with _limit(config.timeout, "timeout"):

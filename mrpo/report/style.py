@@ -17,7 +17,7 @@ INK = "#1f2430"
 MUTED = "#6f7685"
 BLUE, ORANGE, GREEN, RED, PURPLE = "#2f6fb0", "#e08a1e", "#2f9270", "#c23b31", "#8a5aa8"
 STAGE_COLORS = {"early": "#c23b31", "mid": "#eb9c4b", "late": "#f5d9a2", "none": "#8fbfa6"}
-# Stages of a step: time/NAME in the metrics; what is left of a step is "other".
+# Stages of a step: time/NAME in the metrics; what is left of a step, time/rewards among it, is "other".
 TIME_COLORS = {
     "rollout": BLUE, "logprobs": PURPLE, "judge_wait": ORANGE, "update": GREEN, "sync": RED, "other": "#9aa1ad"
 }  # fmt: skip

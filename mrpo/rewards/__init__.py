@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mrpo.records import Rewards
-from mrpo.rewards.answer import AnswerReward
+from mrpo.rewards.answer import AnswerReward, AnswerScore
 from mrpo.rewards.length import length_reward
 from mrpo.rewards.process import process_reward
 
-__all__ = ["AnswerReward", "Rewards", "length_reward", "process_reward"]
+__all__ = ["AnswerReward", "AnswerScore", "Rewards", "length_reward", "process_reward"]

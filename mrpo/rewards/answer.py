@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
@@ -26,6 +27,10 @@ _WORD = re.compile(
     r"(?:(?<![\w\u0300-\u036f%\u00b0\u2032\u2033)\]])[-+]|[<>≤≥~])?\d+(?:[.,]\d+)*%?"
     r"|[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+"
 )
+
+
+# A reward in [0, 1] and its parts by name.
+AnswerScore: TypeAlias = tuple[float, dict[str, float]]
 
 
 class _Words:
@@ -60,7 +65,7 @@ class AnswerReward:
             raise UserError("one of reward.rouge_weight, bleu_weight and bertscore_weight must be above 0")
         self._weights = {name: weight / total for name, weight in weights.items()}
 
-    def __call__(self, predictions: Sequence[str | None], golds: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
+    def __call__(self, predictions: Sequence[str | None], golds: Sequence[str]) -> list[AnswerScore]:
         """For each pair the reward in [0, 1] and its parts: symbolic, rouge1, bleu1, bertscore if on, lexical.
 
         A missing or empty prediction scores 0 in every part.
@@ -72,7 +77,7 @@ class AnswerReward:
                 part["bertscore"] = min(max(f1, 0.0), 1.0) if text else 0.0
         return [self._combine(part) for part in parts]
 
-    def _combine(self, parts: dict[str, float]) -> tuple[float, dict[str, float]]:
+    def _combine(self, parts: dict[str, float]) -> AnswerScore:
         lexical = min(sum(weight * parts[name] for name, weight in self._weights.items()), 1.0)
         reward = 1.0 if parts["symbolic"] else lexical
         return reward, parts | {"lexical": lexical}

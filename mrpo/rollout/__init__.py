@@ -12,7 +12,7 @@ from mrpo.records import Completion, EncodedPrompt
 
 if TYPE_CHECKING:
     from mrpo.backbones import Processor
-    from mrpo.config import Config
+    from mrpo.config import Config, RolloutConfig
     from mrpo.policy import Policy
     from mrpo.runtime import Runtime
 
@@ -53,6 +53,19 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Ends the engine; it is of no use afterwards."""
         ...
+
+
+def check_engine(rollout: RolloutConfig, world_size: int) -> None:
+    """Refuses an engine that cannot start, before weights are loaded.
+
+    Raises:
+        UserError: vLLM is not installed, or `rollout.tensor_parallel` does not divide the `world_size` processes.
+    """
+    if rollout.engine == "vllm":
+        from mrpo.rollout.vllm_engine import check_pool_size, require_vllm
+
+        require_vllm()
+        check_pool_size(rollout.tensor_parallel, world_size)
 
 
 def make_engine(

@@ -274,8 +274,7 @@ class _Pool:
             UserError: the processes of the run cannot be split into pools of `size`.
         """
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if world_size % size:
-            raise UserError(f"rollout.tensor_parallel={size} must divide the number of processes, {world_size}")
+        check_pool_size(size, world_size)
         if size == 1:
             return cls(None, 0)
         groups = [
@@ -326,6 +325,16 @@ def training_options(rollout: RolloutConfig) -> dict[str, Any]:
         "enforce_eager": rollout.enforce_eager,
         **rollout.engine_options,
     }
+
+
+def check_pool_size(size: int, world_size: int) -> None:
+    """Checks that `world_size` processes make whole pools of `size`.
+
+    Raises:
+        UserError: they do not.
+    """
+    if world_size % size:
+        raise UserError(f"rollout.tensor_parallel={size} must divide the number of processes, {world_size}")
 
 
 def require_vllm() -> None:

@@ -81,6 +81,19 @@ def test_names_of_the_columns(folder: Path, given: dict[str, Any], expected: tup
     assert example.images == ()
 
 
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ({"images": None}, 0),
+        ({"images": ["a.png", "a.png"], "image": None}, 2),
+        ({"image": "a.png", "images": None}, 1),
+    ],
+)
+def test_names_of_the_image_columns(folder: Path, given: dict[str, Any], count: int) -> None:
+    (example,) = load_generic(write(folder, [{"question": "What?", "answer": "A", **given}]))
+    assert len(example.images) == count
+
+
 def test_rows_without_ids_are_called_after_file_and_row(folder: Path) -> None:
     examples = load_generic(write(folder, [row(), row(), row(id="own")]))
     assert [example.id for example in examples] == ["rows/1", "rows/2", "own"]

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from judge_server import Answer, DrippedError, DroppedError, JudgeServer, completion, verdict, verdict_text
 from judging import Make, judge_config, judge_request
@@ -226,11 +227,15 @@ def test_requests_of_a_prompt_are_routed_together_at_openai_alone(
     server: JudgeServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make().judge([judge_request("q")])
-    assert "prompt_cache_key" not in server.bodies[0]
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    make(base_url=None).judge([judge_request("q")])
+    assert [body for body in server.bodies if "prompt_cache_key" in body] == []
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    client = openai.AsyncOpenAI
+    monkeypatch.setattr(openai, "AsyncOpenAI", lambda **given: client(**given | {"base_url": server.url}))
     judge = make(base_url=None)
     judge.judge([judge_request("q", ("One.",)), judge_request("q", ("Two.",))])
-    first, second = (body["prompt_cache_key"] for body in server.bodies[1:])
+    first, second = (body["prompt_cache_key"] for body in server.bodies[2:])
     assert first == second
     assert first != "1"  # the example's id stays here
 
