@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -173,6 +174,18 @@ def test_sft_trains_on_the_questions_that_have_a_rationale(tiny_policy: Path, tm
     assert inputs.unexplained == 2
     inputs = load_inputs(load_config(None, settings))
     assert (len(inputs.train_set), inputs.unexplained) == (4, 0)
+
+
+def test_sft_without_an_evaluation_needs_neither_judge_nor_engine(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("mrpo.rollout.vllm_engine.require_vllm", Mock(side_effect=UserError("no vLLM")))
+    settings = ["algorithm=sft", "judge.kind=openai", "rollout.engine=vllm", f"output_dir={tmp_path / 'run'}"]
+    assert "no vLLM" in inputs_error(tiny_policy, *settings)
+    assert "OPENAI_API_KEY" in inputs_error(tiny_policy, *settings, "rollout.engine=hf")
+    train(*settings, f"model.path={tiny_policy}", "eval.at_start=false", "eval.at_end=false", "optim.steps=1")
+    assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
 
 
 def test_phantoms_are_not_drawn_to_see_that_they_are_explained() -> None:

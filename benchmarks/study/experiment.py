@@ -171,13 +171,13 @@ class Experiment:
 
 def stages(experiment: Experiment) -> Iterator[tuple[str, Sequence[Job]]]:
     """The stages in order. Each is asked for when those before it are finished: rates are found on the way."""
-    yield "perception", experiment.perception_jobs()
-    yield "errors", experiment.error_jobs()
-    yield "start policies", experiment.base_jobs()
-    # Together: one credit job alone would leave the other cores idle.
-    yield "credit and tuning", [*experiment.credit_jobs(), *experiment.tuning_jobs()]
-    yield "methods", experiment.method_jobs(experiment.rates())
-    yield "ablations", experiment.ablation_jobs(experiment.rates())
+    # Few and large: at the end of a stage cores are idle.
+    yield "warm starts", [*experiment.perception_jobs(), *experiment.error_jobs()]
+    yield "start policies, credit and tuning", [
+        *experiment.credit_jobs(), *experiment.tuning_jobs(), *experiment.base_jobs()
+    ]  # fmt: skip
+    rates = experiment.rates()
+    yield "methods and ablations", [*experiment.method_jobs(rates), *experiment.ablation_jobs(rates)]
 
 
 def _cell_name(cell: int) -> str:

@@ -10,9 +10,10 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mrpo.config import Config
     from mrpo.data.phantom.render import Look
     from mrpo.data.phantom.scene import Split
+    from mrpo.records import Example
 
 RESULT, SAMPLES, PARTS, POLICY = "result.json", "samples.json", "parts.json", "policy"
 
@@ -78,13 +80,11 @@ class RunJob(Job):
         from study.measuring import measure, write_samples
         from study.training import configure, train_policy
 
-        from mrpo.data.phantom import PhantomDataset
-
         config = configure([f"model.path={self.start}", f"output_dir={self.folder}", *(self.overrides or ())])
         policy = Path(self.start)
         if self.overrides is not None:
             policy = train_policy(config, flipped=self.flipped, missing=self.missing)
-        sets = {s.name: (PhantomDataset(s.split, size=s.size, seed=s.seed, look=s.look), s.sampled) for s in self.sets}
+        sets = {s.name: (_questions(s), s.sampled) for s in self.sets}
         write_samples(self.folder / SAMPLES, measure(config, policy, sets))
         if self.overrides is not None and not self.keep_policy:
             shutil.rmtree(policy)
@@ -115,6 +115,15 @@ class CreditJob(Job):
         write_parts(self.folder / PARTS, [arm.name for arm in self.arms], parts)
 
 
+@cache
+def _questions(of: QuestionSet) -> list[Example]:
+    """Drawn once in a process, by kind: chains of one kind are about equally long, as a batch's should be."""
+    from mrpo.data.phantom import PhantomDataset
+
+    drawn = PhantomDataset(of.split, size=of.size, seed=of.seed, look=of.look)[:]
+    return sorted(drawn, key=lambda example: example.metadata["question"]["kind"])
+
+
 def _read(result: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
@@ -122,6 +131,8 @@ def _read(result: Path) -> dict[str, Any]:
 
 def run_jobs(jobs: Sequence[Job], *, workers: int, log: Path, report: Callable[[Job, float], None]) -> None:
     """Runs what is not finished, `workers` at a time in processes of one thread each, and reports each as it ends.
+
+    In order, but that a job waits for the one that makes the policy it starts from.
 
     Raises:
         RuntimeError: a job failed; those that finished are kept.
@@ -136,10 +147,15 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, log: Path, report: Callable[[
             min(workers, len(waiting)), mp_context=get_context("spawn"), initializer=_prepare, initargs=(log,)
         ) as pool,
     ):
-        futures = {pool.submit(execute, job): job for job in waiting}
+        under_way: dict[Future[float], Job] = {}
         try:
-            for future in as_completed(futures):
-                report(futures[future], future.result())
+            while waiting or under_way:
+                unfinished = {job.folder for job in (*waiting, *under_way.values())}
+                ready = [job for job in waiting if Path(job.start).parent not in unfinished]
+                waiting = [job for job in waiting if job not in ready]
+                under_way |= {pool.submit(execute, job): job for job in ready}
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    report(under_way.pop(future), future.result())
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, Exception):

@@ -11,7 +11,6 @@ import torch
 
 from mrpo.backbones import Processor, load_model, load_processor
 from mrpo.config import Config
-from mrpo.data.phantom import PhantomDataset
 from mrpo.judge.phantom import PhantomJudge
 from mrpo.records import Example, ScoredCompletion, Verdict
 from mrpo.rollout import SamplingParams
@@ -68,17 +67,18 @@ def load(config: Config, *, batch: int = 256) -> Loaded:
 
 
 def measure(
-    config: Config, model: Path, sets: Mapping[str, tuple[PhantomDataset, int]], *, batch: int = 256
+    config: Config, model: Path, sets: Mapping[str, tuple[Sequence[Example], int]], *, batch: int = 256
 ) -> dict[str, list[Sample]]:
-    """The policy in `model` on each set: one greedy completion a question, and as many sampled ones as the set says."""
+    """The policy in `model` on each set: one greedy completion a question, and as many sampled ones as the set says.
+
+    A batch takes as long as its longest completion: neighbours should be alike.
+    """
     rollout = config.rollout
     of = load(config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})}), batch=batch)
     results: dict[str, list[Sample]] = {name: [] for name in sets}
-    for name, (data, sampled) in sets.items():
-        # Chains of one kind of question are about equally long, and a batch takes as long as its longest.
-        ordered = sorted(data[:], key=lambda example: example.metadata["question"]["kind"])
-        for first in range(0, len(ordered), batch):
-            examples = ordered[first : first + batch]
+    for name, (questions, sampled) in sets.items():
+        for first in range(0, len(questions), batch):
+            examples = questions[first : first + batch]
             prompts = [of.processor.encode_prompt(example) for example in examples]
             seeds = tuple(derive_seed("measure", example.id) for example in examples)
             for count, temperature in ((1, 0.0), (sampled, rollout.temperature)):

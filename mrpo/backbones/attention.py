@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -82,6 +83,8 @@ def attention(
     """
     if prefix_attention is not None and (kwargs.get("dropout") or kwargs.get("sliding_window") is not None):
         raise ValueError("packed rows know neither attention dropout nor sliding windows: set update.packing=dense")
+    if prefix_attention is None and query.shape[2] == 1 and query.shape[1] > key.shape[1]:
+        return _decode(query, key, value, attention_mask, kwargs.get("scaling")), None
     if prefix_attention is None or (prefix_attention == "sdpa" and prefix_masks is None):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -92,6 +95,16 @@ def attention(
     else:
         out = flex_prefix_attention(query, key, value, attention_mask, scale)
     return out.transpose(1, 2), None
+
+
+def _decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """(B, 1, Hq, D) of q (B, Hq, 1, D): heads that share keys are rows of one head, so that no keys are copied."""
+    batch, heads, _, width = query.shape
+    grouped = query.view(batch, key.shape[1], -1, width)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, 1, heads, width)
 
 
 def vision_attention(

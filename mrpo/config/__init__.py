@@ -63,6 +63,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def samples(self) -> bool:
+        """Whether the run generates completions, which a judge then judges: sft does so in evaluations alone."""
+        return self.algorithm != "sft" or self.eval.at_start or self.eval.at_end or self.eval.every > 0
+
     @model_validator(mode="after")
     def _possible(self) -> Config:
         problems = []

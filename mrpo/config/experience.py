@@ -18,7 +18,9 @@ class RolloutConfig(Section):
     group_size: int = Field(8, ge=1, description="Completions per prompt, G")
     temperature: float = Field(1.0, gt=0.0, description="Sampling temperature")
     max_tokens: Positive = Field(128, description="Longest completion (paper: 512)")
-    batch_size: Positive = Field(128, description="Completions generated at once per process")
+    batch_size: Positive = Field(
+        128, description="Completions generated at once per process; a server decides for itself"
+    )
     mask_truncated: bool = Field(False, description="Leave completions cut at the length limit out of the loss")
     ahead: int = Field(
         0,
@@ -162,5 +164,5 @@ class AdvantageConfig(Section):
     )
     round_weights: bool = Field(False, description="Round the penalty to two decimals, as the reference code does")
     normalize: Literal["group_std", "group_mean"] = Field(
-        "group_std", description="(R - mean) / (std + 1e-4) in the group, or R - mean alone"
+        "group_std", description="mrpo, grpo: (R - mean) / (std + 1e-4) in the group, or R - mean alone"
     )

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 from mrpo.data.layout import Layout, named_image
 from mrpo.data.reading import BadRow, MissingFile, ReadOptions, Split, read_text
+from mrpo.errors import UserError
 from mrpo.records import Example
 
 QUESTIONS_2020 = "VQAMed2020-Task1-VQAnswering-Test-Questions.txt"
@@ -38,12 +39,14 @@ def load_vqa_med(root: Path, split: Split, **options: Unpack[ReadOptions]) -> tu
 
     Raises:
         MissingFile: there is no such file.
-        UserError: it is not text, and see `Layout.read`.
+        UserError: there are several, as of both years; it is not text; and see `Layout.read`.
     """
     found = [file for name in FILES[split] for file in sorted(root.rglob(name))]
     if not found:
         raise MissingFile(f"{root} holds none of {', '.join(FILES[split])}")
-    file = found[0]
+    if len(found) > 1:
+        raise UserError(f"{root} holds {' and '.join(map(str, found))}; data.root must be the folder of one year")
+    (file,) = found
     lines = _lines(file)
     if file.name == QUESTIONS_2020:
         answers = dict(line.split("|", 1) for line in _lines(file.with_name(ANSWERS_2020)) if "|" in line)

@@ -12,7 +12,7 @@ from mrpo.records import Completion, EncodedPrompt
 
 if TYPE_CHECKING:
     from mrpo.backbones import Processor
-    from mrpo.config import Config, RolloutConfig
+    from mrpo.config import Config
     from mrpo.policy import Policy
     from mrpo.runtime import Runtime
 
@@ -55,23 +55,25 @@ class RolloutEngine(Protocol):
         ...
 
 
-def check_engine(rollout: RolloutConfig, world_size: int) -> None:
+def check_engine(config: Config, world_size: int) -> None:
     """Refuses an engine that cannot start, before weights are loaded.
 
     Raises:
         UserError: vLLM is not installed, or `rollout.tensor_parallel` does not divide the `world_size` processes.
     """
-    if rollout.engine == "vllm":
+    if config.samples and config.rollout.engine == "vllm":
         from mrpo.rollout.vllm_engine import check_pool_size, require_vllm
 
         require_vllm()
-        check_pool_size(rollout.tensor_parallel, world_size)
+        check_pool_size(config.rollout.tensor_parallel, world_size)
 
 
 def make_engine(
     config: Config, processor: Processor, policy: Policy, runtime: Runtime, *, max_images: int = 1
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names, holding the weights of `policy`. Every process must call this.
+
+    A run that samples nothing gets one that costs nothing.
 
     Args:
         max_images: the most images in a prompt.
@@ -80,7 +82,7 @@ def make_engine(
         UserError: vLLM is not installed or refuses the model, or a server is down or serves something else.
     """
     rollout = config.rollout
-    if rollout.engine == "hf":
+    if rollout.engine == "hf" or not config.samples:
         from mrpo.rollout.hf import HFEngine
 
         return HFEngine(policy.model, processor, batch_size=rollout.batch_size, weights=policy.whole_weights)

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from mrpo.rollout.growing_cache import growing_cache
+
 # (logits [B, V], the numbers of their completions, ascending) -> tokens [B]
 Choose: TypeAlias = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
@@ -35,8 +37,9 @@ def decode(
         never_ids: tokens that are not to be chosen.
         on_end: is told of each completion when it ends, as its number, prompt by prompt, and its tokens.
     """
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
-    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(copies, dim=0)
+    cache = growing_cache()
+    output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[:, -1].repeat_interleave(copies, dim=0)
     cache.batch_repeat_interleave(copies)
     mask = inputs["attention_mask"].repeat_interleave(copies, dim=0)
     axes = inputs["position_ids"].shape[:-2]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mrpo.backbones import Processor, batch_images, to_device
+from mrpo.backbones.attention import use_prefix_attention
 from mrpo.records import Completion, EncodedPrompt
 from mrpo.rollout import OnDone, SamplingParams, Weights
 from mrpo.rollout.decoding import Choose, ExactSampler, decode, most_likely
@@ -33,6 +34,8 @@ class HFEngine:
         batch_size: int,
         weights: Callable[[], AbstractContextManager[None]],
     ) -> None:
+        if model.config.get_text_config()._attn_implementation == "sdpa":
+            use_prefix_attention(model)  # the same on rows of their own, without a copy of keys for every token
         self._model = model
         self._processor = processor
         self._batch_size = batch_size

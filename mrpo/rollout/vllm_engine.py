@@ -48,6 +48,7 @@ _ENVIRONMENT = {
 }
 # On a CPU, processes of one machine must not pin their threads to the same cores nor take half its memory each.
 _CPU_RANK_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+READER = "mrpo-reader"  # name of the thread that processes images
 # Engines of launched processes: vLLM ends the process group, which is the run's, with a collected engine.
 _KEPT: list[Any] = []
 
@@ -207,7 +208,7 @@ class VLLMEngine:
         """
         engine = self.llm.llm_engine
         numbered = [(str(number), prompt, sampling) for number, (prompt, sampling) in enumerate(requests)]
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1, READER) as thread:
             try:
                 if self._reads_ahead:
                     yield deque(thread.submit(self._read, *request) for request in numbered)

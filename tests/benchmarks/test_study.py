@@ -243,6 +243,37 @@ def test_finished_jobs_are_not_run_again(experiment, tmp_path: Path) -> None:
     run_jobs([job], workers=2, log=tmp_path / "log", report=lambda *_: pytest.fail("ran again"))
 
 
+_CHAINED = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from study.jobs import Job, run_jobs
+
+@dataclass(frozen=True)
+class Chained(Job):
+    def work(self):
+        if self.start != "phantom" and not Path(self.start).parent.joinpath("result.json").is_file():
+            raise FileNotFoundError(self.start)
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    starts = {"last": str(folder / "middle" / "policy"), "middle": str(folder / "first" / "policy"), "first": "phantom"}
+    jobs = [Chained(name, folder / name, start) for name, start in starts.items()]
+    run_jobs(jobs, workers=2, log=folder / "log", report=lambda job, seconds: print(job.name))
+"""
+
+
+def test_a_job_waits_for_the_one_that_makes_its_start(tmp_path: Path) -> None:
+    script = tmp_path / "chained.py"
+    script.write_text(_CHAINED)
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    command = [sys.executable, str(script), str(benchmarks), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["first", "middle", "last"], done.stderr
+
+
 _STUBBORN = """
 import os, signal, sys, time
 from dataclasses import dataclass

@@ -113,6 +113,14 @@ def test_vqa_med_2020_test_has_its_answers_in_a_file_of_their_own(tmp_path: Path
     assert answers(load_vqa_med(tmp_path, "test", on_error="skip")) == [("vqa_med/test/2", "meningioma")]
 
 
+def test_vqa_med_of_both_years_is_not_read_by_halves(tmp_path: Path) -> None:
+    for year, names in (("2019", "All_QA_Pairs_train.txt"), ("2020", "VQAnswering_2020_Train_QA_pairs.txt")):
+        (tmp_path / year).mkdir()
+        (tmp_path / year / names).write_text("a|what plane?|axial\n")
+    with pytest.raises(UserError, match=r"2019/.* and .*2020/.*; data\.root must be the folder of one year"):
+        load_vqa_med(tmp_path, "train")
+
+
 def test_vqa_med_broken_lines_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds none of All_QA_Pairs_val\.txt"):
         load_vqa_med(tmp_path, "validation")
