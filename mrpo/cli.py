@@ -24,7 +24,8 @@ examples:
   mrpo doctor --config configs/qwen3_vl_8b.yaml data.root=DATA/vqa-rad
   mrpo data prepare vqa_rad --root DATA/vqa-rad --out vqa_rad.jsonl
   mrpo train data.name=prepared data.file=vqa_rad.jsonl output_dir=runs/mine
-  mrpo infer --model runs/mine/policy --data vqa_rad.jsonl --out mine.jsonl
+  mrpo data prepare vqa_rad --root DATA/vqa-rad --split test --out test.jsonl
+  mrpo infer --model runs/mine/policy --data test.jsonl --out mine.jsonl
   mrpo eval mine.jsonl --out evaluation
   mrpo report runs/mine evaluation --out site
   source <(mrpo completion bash)

@@ -50,10 +50,15 @@ def describe_fields() -> tuple[Field, ...]:
 def _fields_of(section: type[Section], name: str) -> list[Field]:
     prefix = f"{name}." if name else ""
     return [
-        Field(prefix + key, type_text(schema), value_text(schema.get("default", {})), schema.get("description", ""))
+        Field(prefix + key, type_text(schema), value_text(_default(schema)), schema.get("description", ""))
         for key, schema in section.model_json_schema()["properties"].items()
         if prefix or key not in sections()
     ]
+
+
+def _default(schema: Mapping[str, Any]) -> Any:
+    """Of a field whose default is made anew each time the schema says none: it is empty."""
+    return schema.get("default", [] if schema.get("type") == "array" else {})
 
 
 def type_text(schema: Mapping[str, Any]) -> str:

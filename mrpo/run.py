@@ -15,7 +15,7 @@ from functools import partial
 from mrpo.arguments import add_config
 from mrpo.backbones import Processor, check_model, load_model, load_processor
 from mrpo.checkpoint import CheckpointStore, check_resumable
-from mrpo.config import Config, JudgeConfig
+from mrpo.config import Config, JudgeConfig, RewardConfig
 from mrpo.data import load_dataset
 from mrpo.data.order import batch_indices, steps_for
 from mrpo.data.targets import explained
@@ -120,12 +120,12 @@ def load_inputs(config: Config) -> Inputs:
     check_model(config.model)
     check_engine(config, world_size)
     require_packages(config.log)
-    answer_reward = AnswerReward(config.reward)
     train_set, unexplained = _load_train_set(config)
     eval_set = load_dataset(config.data, "test") if config.eval.at_start or config.eval.at_end else ()
     validation_set = load_dataset(config.data, "validation") if config.eval.every else ()
     dataset = train_set[0].metadata.get("dataset", config.data.name)
     judge = make_judge(config.judge if config.samples else JudgeConfig(), dataset, config.output_dir / VERDICTS)
+    answer_reward = AnswerReward(config.reward if config.samples else RewardConfig())
     for example in (train_set[0], *eval_set[:1]):
         processor.encode_prompt(example)
     steps = config.optim.steps or steps_for(len(train_set), prompts_per_step, config.optim.epochs)

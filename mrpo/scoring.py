@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,8 +22,10 @@ from mrpo.judge.stats import overlap
 from mrpo.metrics import failure_accumulation_rate, failure_stage, first_failure_point
 from mrpo.records import Completion, Example, Group, JudgeRequest, ScoredCompletion, Step, Unjudged, Verdict
 from mrpo.rewards import AnswerReward, AnswerScore, Rewards, length_reward, process_reward
-from mrpo.runtime import Runtime
 from mrpo.steps import extract_answer, find_steps
+
+if TYPE_CHECKING:  # it loads DeepSpeed, which verl's users may not have
+    from mrpo.runtime import Runtime
 
 PARTS = ("symbolic", "rouge1", "bleu1", "bertscore")
 COLUMNS = (

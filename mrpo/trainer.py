@@ -68,7 +68,7 @@ class Trainer:
         """
         train_step = self._sft_step if self.config.algorithm == "sft" else self._rl_step
         self._restore(start_step)
-        state: TrainerState | None = None
+        state: TrainerState | None = None  # of the last finished step, while it is not saved
         for step in range(start_step, self.total_steps):
             # Nothing may depend on how many random numbers earlier steps drew.
             torch.manual_seed(derive_seed("step", self.config.seed, step, self.runtime.rank))
@@ -100,6 +100,7 @@ class Trainer:
             is_last = step + 1 == self.total_steps  # which is saved below, and once: processes must agree that it is
             if stop or (self._due(self.config.checkpoint.every, step + 1) and not is_last):
                 self._save(state)
+                state = None
             if stop:
                 return False
         # The policy first: a full disk that has no room for a checkpoint may have room for it.

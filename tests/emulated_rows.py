@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -34,11 +35,14 @@ def compiled(folder: Path, source: str, output: str, *options: str) -> Path:
     target = folder / hashlib.sha256(contents + repr(options).encode()).hexdigest()[:16] / output
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        for path in SOURCES:  # side by side: a header's own folder is searched first
-            shutil.copy(path, target.parent)
-        command = [compiler, "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", *options, "-o", str(target)]
-        done = subprocess.run([*command, str(target.parent / source)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        with TemporaryDirectory(dir=folder) as work:  # another process may compile the same
+            for path in SOURCES:  # side by side: a header's own folder is searched first
+                shutil.copy(path, work)
+            command = [compiler, "-std=c++17", "-Wall", "-Werror", "-Wno-unknown-pragmas", *options]
+            files = ["-o", f"{work}/{output}", f"{work}/{source}"]
+            done = subprocess.run([*command, *files], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            Path(work, output).replace(target)
     return target
 
 

@@ -132,12 +132,15 @@ def _read(result: Path) -> dict[str, Any]:
 def run_jobs(jobs: Sequence[Job], *, workers: int, log: Path, report: Callable[[Job, float], None]) -> None:
     """Runs what is not finished, `workers` at a time in processes of one thread each, and reports each as it ends.
 
-    In order, but that a job waits for the one that makes the policy it starts from.
+    A job begins when the one that makes the policy it starts from, which stands before it, has ended; else in order.
 
     Raises:
         RuntimeError: a job failed; those that finished are kept.
     """
-    waiting = [job for job in jobs if job.seconds() is None]
+    waiting: list[Job] = []
+    for job in jobs:  # behind those that make what they start from
+        if job.seconds() is None or Path(job.start).parent in {other.folder for other in waiting}:
+            waiting.append(job)
     if not waiting:
         return
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,10 @@ def attention(
 def _decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor:
-    """(B, 1, Hq, D) of q (B, Hq, 1, D): heads that share keys are rows of one head, so that no keys are copied."""
+    """(B, 1, Hq, D) of q (B, Hq, 1, D): heads that share keys are rows of one head, so that no keys are copied.
+
+    transformers 5.23 does so itself; earlier ones repeat the keys.
+    """
     batch, heads, _, width = query.shape
     grouped = query.view(batch, key.shape[1], -1, width)
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)

@@ -32,7 +32,7 @@ examples:
   mrpo data prepare vqa_rad --root DATA/vqa-rad --out vqa_rad.jsonl
   mrpo data prepare slake --root DATA/slake --gold DATA/MedThink --split train --out slake.jsonl
   mrpo data prepare generic --file mine.parquet --out mine.jsonl
-  mrpo train data.name=prepared data.file=vqa_rad.jsonl
+  mrpo train data.name=prepared data.file=vqa_rad.jsonl output_dir=runs/mine
 
 rows of generic data, in JSON, JSON lines, Parquet, or a folder that `datasets` saved:
   {image | images, problem | question, solution | answer, rationale?, id?, split?}"""

@@ -93,7 +93,7 @@ def add_parser(commands: Commands) -> None:
 _EPILOG = """\
 examples:
   mrpo infer --model phantom --data phantom.jsonl --out phantom.greedy.jsonl
-  mrpo infer --model runs/mine/policy --data vqa_rad.jsonl --out mine.jsonl --samples 8 --temperature 1"""
+  mrpo infer --model runs/mine/policy --data test.jsonl --out mine.jsonl --samples 8 --temperature 1"""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,8 +11,8 @@ from mrpo.commands.parser import Commands, add_config_arguments, help_on_setting
 
 _DESCRIPTION = """\
 Starts a vLLM server for training with rollout.engine=vllm_server; give it the configuration of the run. Whoever reaches
-its port can change its model: keep it on a private network. `--print` shows the command instead, for hosts where mrpo's
-commands are not."""
+its port can change its model: keep it on a private network. `--print` shows the command instead, for environments that
+cannot run mrpo's commands; the package itself must be importable there."""
 
 
 def add_parser(commands: Commands) -> None:

@@ -130,9 +130,11 @@ class JudgeConfig(Section):
     )
     price_output: float | None = Field(None, ge=0.0, description="USD per million answer tokens; null: not counted")
     cache: LocalPath | None = Field(
-        None, description="Folder that keeps an endpoint's verdicts; null: OUTPUT_DIR/judge"
+        None, description="Folder that keeps an endpoint's verdicts; null: OUTPUT_DIR/judge (mrpo eval: OUT/cache)"
     )
-    max_unjudged: Share = Field(0.5, description="Stop the run when a step's unjudged share exceeds this")
+    max_unjudged: Share = Field(
+        0.5, description="Stop when more than this share of a step's or an evaluation's completions stays unjudged"
+    )
     min_overlap: Share = Field(0.3, description="Embedded stand-in: share of a step's words that must be in the gold")
     encoder: LocalPath | None = Field(
         None, description="Embedded stand-in: folder of a sentence encoder that compares meanings, too; null: none"

@@ -21,7 +21,7 @@ class LossConfig(Section):
     updates_per_rollout: Positive = Field(1, description="Optimizer steps on each batch of rollouts")
     sampler_correction: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Weigh tokens by p_policy / p_sampler, truncated; auto: if the engine tells its log-probabilities",
+        description="Weigh tokens by p_old / p_sampler, truncated; auto: if the engine tells its log-probabilities",
     )
     importance_cap: float = Field(2.0, gt=0.0, description="Largest weight of the sampler correction")
     normalization: Literal["sequence", "token", "constant"] = Field(

@@ -39,4 +39,4 @@ class LogConfig(Section):
     wandb: bool = Field(False, description="Log to Weights & Biases (needs the wandb package)")
     wandb_project: str = Field("mrpo", description="Weights & Biases project")
     samples: NonNegative = Field(4, description="Judged completions written to OUTPUT_DIR/samples.jsonl per step")
-    plots: bool = Field(True, description="Draw OUTPUT_DIR/curves.png and failures.png at the end")
+    plots: bool = Field(True, description="Draw OUTPUT_DIR/curves.png, timeline.png and failures.png at the end")

@@ -10,7 +10,7 @@ import openai
 
 from mrpo.config import Config, JudgeConfig
 from mrpo.doctor.check import Check
-from mrpo.judge.endpoint import own_base_url
+from mrpo.judge.endpoint import base_url_of, is_openai
 
 PATIENCE = 5.0  # seconds until an endpoint that says nothing counts as unreachable
 
@@ -34,8 +34,8 @@ def check_judge(config: Config) -> Check:
 
 async def _check_endpoint(judge: JudgeConfig) -> Check:
     key, set_key = os.environ.get(judge.api_key_env, ""), f"export {judge.api_key_env}=KEY"
-    base_url = own_base_url(judge)
-    if not key and base_url is None:
+    base_url = base_url_of(judge)
+    if not key and is_openai(base_url):
         fact = f"{judge.model} at OpenAI needs a key, and {judge.api_key_env} is not set"
         return Check("judge", "missing", fact, set_key)
     place = _without_secrets(base_url) if base_url else "OpenAI"

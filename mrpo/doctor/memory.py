@@ -131,7 +131,7 @@ def estimate(
     With update.checkpointing=auto, which on a GPU does what memory asks for, it is the least that it can be.
     """
     on_device, on_host = _states(config, model, num_processes)
-    engine = _engine(config, model, card) if config.rollout.engine == "vllm" else ()
+    engine = _engine(config, model, card) if _holds_engine(config) else ()
     sleeps = on_gpu and config.rollout.sleep_level > 0
     return Estimate(
         standing=on_device if sleeps else (*on_device, *engine),
@@ -152,16 +152,21 @@ def _engine(config: Config, model: ModelSize, card: int) -> tuple[Term, ...]:
     return (Term(_ENGINE, f"rollout.gpu_memory={share:g} x {gib(card)}", round(share * card)),)
 
 
+def _holds_engine(config: Config) -> bool:
+    """Whether a vLLM engine is in the trainer's process."""
+    return config.samples and config.rollout.engine == "vllm"
+
+
 def engine_share(config: Config) -> float:
     """The share of a GPU that a vLLM engine in the trainer's process takes; 0 without one."""
-    if config.rollout.engine != "vllm":
+    if not _holds_engine(config):
         return 0.0
     return float(config.rollout.engine_options.get("gpu_memory_utilization", config.rollout.gpu_memory))
 
 
 def least_engine(config: Config, model: ModelSize) -> int:
     """Bytes of its part of the weights, which such an engine cannot do without."""
-    if config.rollout.engine != "vllm":
+    if not _holds_engine(config):
         return 0
     return model.parameters * _width(config) // config.rollout.tensor_parallel
 
@@ -203,9 +208,7 @@ def _states(config: Config, model: ModelSize, num_processes: int) -> tuple[tuple
 
 def _rollout(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term, ...]:
     """What generation by the trained model itself adds: the KV cache, and under ZeRO-3 the weights in whole."""
-    if config.rollout.engine != "hf":
-        return ()
-    if config.algorithm == "sft" and not (config.eval.at_start or config.eval.at_end or config.eval.every):
+    if config.rollout.engine != "hf" or not config.samples:
         return ()
     width = _width(config)
     # A group is never split, whatever the batch size.

@@ -21,6 +21,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
+from urllib.parse import urlsplit
 
 import openai
 
@@ -64,13 +65,19 @@ class ChatRequest(Generic[Answer]):
     group: str
 
 
-def own_base_url(config: JudgeConfig) -> str | None:
-    """The address of an endpoint that is not OpenAI's: `judge.base_url`, or what OPENAI_BASE_URL says; None: OpenAI."""
+def base_url_of(config: JudgeConfig) -> str | None:
+    """The address of the endpoint: `judge.base_url`, or what OPENAI_BASE_URL says; None: the openai package's own."""
     return config.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
 
+def is_openai(base_url: str | None) -> bool:
+    """Whether the endpoint is OpenAI's, which needs a key and takes its fields."""
+    host = urlsplit(base_url).hostname if base_url else None
+    return base_url is None or (host is not None and f".{host}".endswith(".openai.com"))
+
+
 class Endpoint:
-    """`config.model` at `own_base_url(config)`, or at OpenAI. `identity` tells it, and how it is asked, from any other.
+    """`config.model` at `base_url_of(config)`. `identity` tells it, and how it is asked, from any other.
 
     Args:
         sleep: what waits for some seconds before a retry.
@@ -81,8 +88,8 @@ class Endpoint:
 
     def __init__(self, config: JudgeConfig, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         key = os.environ.get(config.api_key_env, "")
-        self._base_url = own_base_url(config)
-        if not key and self._base_url is None:
+        self._base_url = base_url_of(config)
+        if not key and is_openai(self._base_url):
             raise UserError(
                 f"judge.kind=openai needs a key: set the environment variable {config.api_key_env} "
                 "(judge.api_key_env), or judge.base_url for an endpoint without keys"
@@ -217,7 +224,7 @@ class Endpoint:
         """The response, after as many tries as it takes and `retries` allow."""
         config = self.config
         # Requests that begin alike should meet at one machine, and find there what it has read before.
-        routing = {"prompt_cache_key": request.group} if self._base_url is None else {}
+        routing = {"prompt_cache_key": request.group} if is_openai(self._base_url) else {}
         for retry in itertools.count():
             try:
                 async with _limit(config.timeout, "timeout"):

@@ -37,7 +37,7 @@ def decode(
         never_ids: tokens that are not to be chosen.
         on_end: is told of each completion when it ends, as its number, prompt by prompt, and its tokens.
     """
-    cache = growing_cache()
+    cache = growing_cache(inputs["attention_mask"].shape[1] + max_tokens)
     output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = output.logits[:, -1].repeat_interleave(copies, dim=0)
     cache.batch_repeat_interleave(copies)

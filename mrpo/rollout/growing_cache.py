@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from transformers import Cache
@@ -14,11 +15,13 @@ _LEAST_ROOM = 64  # tokens
 class GrowingLayer(DynamicLayer):
     """A layer whose keys and values lie in buffers with room for more; transformers' own copies all of them each time.
 
-    `keys` and `values`, (B, H, L, D), are views of the buffers up to the last token.
+    `keys` and `values`, (B, H, L, D), are views of the buffers up to the last token. There is never room for more than
+    `limit` tokens.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -30,7 +33,7 @@ class GrowingLayer(DynamicLayer):
         length = self.keys.shape[-2]
         end = length + key_states.shape[-2]
         if self._buffers is None or self._buffers[0].shape[-2] < end:
-            room = max(end + _LEAST_ROOM, end * 5 // 4)
+            room = max(end, min(end + max(_LEAST_ROOM, end // 4), self._limit))
             self._buffers = (_with_room(self.keys, room), _with_room(self.values, room))
         keys, values = self._buffers
         keys[..., length:end, :] = key_states
@@ -46,10 +49,18 @@ class GrowingLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = None
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._buffers = None
 
-def growing_cache() -> Cache:
-    """An empty cache of `GrowingLayer`s."""
-    return Cache(layer_class_to_replicate=GrowingLayer)
+    def reset(self) -> None:
+        super().reset()
+        self._buffers = None
+
+
+def growing_cache(limit: int) -> Cache:
+    """An empty cache of `GrowingLayer`s for `limit` tokens a row."""
+    return Cache(layer_class_to_replicate=cast(Any, partial(GrowingLayer, limit)))
 
 
 def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:

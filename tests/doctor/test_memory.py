@@ -10,7 +10,7 @@ import pytest
 from mrpo.config import Config
 from mrpo.doctor.fit import CPU_RUNTIME, CUDA_RUNTIME, check_memory
 from mrpo.doctor.machine import Gpu, Machine
-from mrpo.doctor.memory import ModelSize, PromptSize, Tower, estimate, loading, total
+from mrpo.doctor.memory import ModelSize, PromptSize, Tower, estimate, least_engine, loading, total
 from mrpo.settings import load_config
 
 GIB = 2**30
@@ -101,6 +101,14 @@ def test_an_engine_beside_the_trainer_takes_its_share_of_the_gpu_when_it_is_awak
     assert sizes(estimate(own, MODEL, PROMPT, 1, on_gpu=True, card=80 * GIB).rollout) == {"vLLM engine": 20 * GIB}
     # On a CPU it never sleeps: its own weights, and a GiB of keys and values.
     assert sizes(estimate(asleep, MODEL, PROMPT, 1).standing)["vLLM engine"] == 4_000_000_000 + GIB
+
+
+def test_sft_without_an_evaluation_holds_no_engine() -> None:
+    run = ("algorithm=sft", "rollout.engine=vllm", "eval.at_start=false", "eval.at_end=false")
+    for overrides, engine in ((run, {}), ((*run, "eval.every=5"), {"vLLM engine": 32 * GIB})):
+        need = estimate(config(*overrides), MODEL, PROMPT, 1, on_gpu=True, card=80 * GIB)
+        assert sizes(need.rollout) == engine
+        assert (least_engine(config(*overrides), MODEL) > 0) == bool(engine)
 
 
 def test_a_kl_term_needs_a_reference_and_sft_does_not() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,10 @@ def test_solution_counts_where_the_answer_is_none() -> None:
 def test_a_message_may_have_no_content() -> None:
     prompt = [{"role": "user", "content": "Which organ?"}, {"role": "user", "content": None}]
     assert example_of({"prompt": prompt, "answer": "lung"}).question == ""
+
+
+def test_rewards_do_without_deepspeed() -> None:
+    """It is the trainer's, and verl's users need not have it."""
+    program = "import sys; sys.modules['deepspeed'] = None; import mrpo.integrations.rewards, mrpo.integrations.verl"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -221,6 +221,9 @@ def test_a_missing_key_is_refused_unless_the_endpoint_is_ones_own(
     with pytest.raises(UserError, match=r"environment variable JUDGE_KEY \(judge\.api_key_env\)"):
         Endpoint(judge_config(server, base_url=None))
     assert isinstance(make().judge([judge_request()])[0], Verdict)
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://eu.api.openai.com/v1")
+    with pytest.raises(UserError, match="JUDGE_KEY"):
+        Endpoint(judge_config(server, base_url=None))
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     assert isinstance(make(base_url=None).judge([judge_request()])[0], Verdict)
     assert server.authorization == {"Bearer EMPTY"}
