@@ -125,6 +125,8 @@ class OurWay:
     def step(self, algorithm: str, index: int | None) -> dict[str, float]:
         trainer = self.trainer
         trainer.config = self._configs[algorithm]
+        if index is not None:  # another algorithm takes the same step, which must find as much prepared: nothing
+            trainer._sampler._prepared.clear()
         index = self._next if index is None else index
         self._next = index + 1
         torch.manual_seed(index)

@@ -10,8 +10,9 @@ from typing import Any
 
 from mrpo.backbones import Processor
 from mrpo.config import Config
+from mrpo.in_thread import in_thread
 from mrpo.quantities import fully_valid, is_in_stage
-from mrpo.records import Completion, EvaluatedSample, Example, ScoredCompletion, Verdict
+from mrpo.records import Completion, EncodedPrompt, EvaluatedSample, Example, ScoredCompletion, Verdict
 from mrpo.rollout import RolloutEngine, SamplingParams
 from mrpo.runtime import Runtime
 from mrpo.samples import sample_record
@@ -52,12 +53,16 @@ def evaluate(
     def judge(start: int, prompt: int, _: int, completion: Completion) -> None:
         pending[start + prompt] = scorer.submit(mine[start + prompt], completion)
 
+    def encode(start: int) -> list[EncodedPrompt]:
+        return [processor.encode_prompt(example) for example in mine[start:][: config.rollout.batch_size]]
+
     # Every process takes part in every round, with nothing to do in its last one perhaps: weights may be gathered. No
-    # round waits for the verdicts of another.
+    # round waits for the verdicts of another, and its prompts are made while the one before it is answered.
     per_round = config.rollout.batch_size * runtime.world_size
+    coming = in_thread(partial(encode, 0), "mrpo-prompts")
     for first in range(0, len(examples), per_round):
-        start = first // runtime.world_size
-        prompts = [processor.encode_prompt(example) for example in mine[start:][: config.rollout.batch_size]]
+        start, prompts = first // runtime.world_size, coming.result()
+        coming = in_thread(partial(encode, start + config.rollout.batch_size), "mrpo-prompts")
         engine.generate(prompts, params, partial(judge, start))
         progress(min(per_round, len(examples) - first))
     scored = scorer.collect([pending[place] for place in range(len(mine))])

@@ -7,13 +7,15 @@ it say its log-probabilities.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from mrpo.batching import Row
 from mrpo.config import Config
 from mrpo.data.order import batch_indices
+from mrpo.in_thread import in_thread
 from mrpo.policy import Policy
 from mrpo.records import Completion, EncodedPrompt, Example, Group
 from mrpo.rollout import RolloutEngine, SamplingParams
@@ -58,6 +60,7 @@ class Sampler:
     scorer: Scorer
     train_set: Sequence[Example]
     stopwatch: Stopwatch
+    _prepared: dict[int, Future[list[EncodedPrompt]]] = field(default_factory=dict)  # by step
 
     def examples(self, step: int, batch_size: int) -> list[Example]:
         """This process's contiguous part of the step's batch."""
@@ -65,11 +68,16 @@ class Sampler:
         size = batch_size // self.runtime.world_size
         return [self.train_set[i] for i in indices[self.runtime.rank * size :][:size]]
 
+    def prepare(self, step: int) -> None:
+        """Begins to make the prompts of `step`, whose images take a CPU a while, behind what is done until then."""
+        self._prepared[step] = in_thread(lambda: self._prompts(self._step_examples(step)), "mrpo-prompts")
+
     def sample(self, step: int) -> Sampled:
         """Generates, hands each completion to the judge as it ends, computes old and reference log-probabilities."""
         examples = self._step_examples(step)
         with self.stopwatch.measure("rollout"):
-            prompts = [self.policy.processor.encode_prompt(example) for example in examples]
+            prepared = self._prepared.pop(step, None)
+            prompts = self._prompts(examples) if prepared is None else prepared.result()
             pending: dict[tuple[int, int], PendingScore] = {}
 
             def judge(prompt: int, place: int, completion: Completion) -> None:
@@ -86,7 +94,7 @@ class Sampler:
     def restore(self, step: int, saved: Mapping[str, torch.Tensor]) -> Sampled:
         """What `Sampled.tensors` saved of `step`; what was judged before is asked of the judge's cache."""
         examples = self._step_examples(step)
-        prompts = [self.policy.processor.encode_prompt(example) for example in examples]
+        prompts = self._prompts(examples)
         size = self.config.rollout.group_size
         completions = [self._completion(saved, i) for i in range(len(examples) * size)]
         groups = make_groups(examples, prompts, [completions[i : i + size] for i in range(0, len(completions), size)])
@@ -106,6 +114,9 @@ class Sampler:
             "length" if saved[f"{place}.truncated"] else "stop",
             None if logprobs is None else tuple(logprobs.tolist()),
         )
+
+    def _prompts(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
+        return [self.policy.processor.encode_prompt(example) for example in examples]
 
     def _step_examples(self, step: int) -> list[Example]:
         return self.examples(step, self.config.optim.batch_size // self.config.rollout.group_size)

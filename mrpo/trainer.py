@@ -119,6 +119,8 @@ class Trainer:
         """One step of MRPO, GRPO or GDPO."""
         newest = min(step + self.config.rollout.ahead, self.total_steps - 1)
         self._waiting.extend(self._sampler.sample(later) for later in range(step + len(self._waiting), newest + 1))
+        if newest + 1 < self.total_steps:
+            self._sampler.prepare(newest + 1)
         sampled = self._waiting.popleft()
         judged = JudgedRows(self.config, self.runtime, self.scorer, self._stopwatch, sampled)
         lr = learning_rate(self.config.optim, step, self.total_steps)
