@@ -13,7 +13,16 @@ from collections.abc import Iterator
 import pytest
 
 from mrpo.config import Config
+from mrpo.file_lock import lock_file
 from mrpo.rollout.vllm_server import server_command
+
+
+@pytest.fixture
+def only_launched_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One test at a time holds it: on a CPU vLLM names the memory that an engine's processes share by their ranks."""
+    with (tmp_path_factory.getbasetemp().parent / "launched_engines.lock").open("wb") as file:
+        assert lock_file(file, patience=600)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ def _assert_on_policy(steps: list[dict[str, float]]) -> None:
         assert step["grad_norm"] > 0
 
 
+@pytest.mark.usefixtures("only_launched_engines")
 @pytest.mark.parametrize(("stage", "tensor_parallel"), [(2, 2), (3, 1)])
 def test_colocated_engines_sample_from_the_trained_policy(stage: int, tensor_parallel: int, tmp_path: Path) -> None:
     steps = _train(

@@ -31,6 +31,7 @@ def _cases(root: Path) -> dict[str, Path]:
     return cases
 
 
+@pytest.mark.usefixtures("only_launched_engines")
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_engines_hold_the_trained_weights(tensor_parallel: int, tmp_path: Path) -> None:
     cases = _cases(tmp_path)
