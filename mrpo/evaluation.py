@@ -59,10 +59,10 @@ def evaluate(
     # Every process takes part in every round, with nothing to do in its last one perhaps: weights may be gathered. No
     # round waits for the verdicts of another, and its prompts are made while the one before it is answered.
     per_round = config.rollout.batch_size * runtime.world_size
-    coming = in_thread(partial(encode, 0), "mrpo-prompts")
+    coming = in_thread(partial(encode, 0))
     for first in range(0, len(examples), per_round):
         start, prompts = first // runtime.world_size, coming.result()
-        coming = in_thread(partial(encode, start + config.rollout.batch_size), "mrpo-prompts")
+        coming = in_thread(partial(encode, start + config.rollout.batch_size))
         engine.generate(prompts, params, partial(judge, start))
         progress(min(per_round, len(examples) - first))
     scored = scorer.collect([pending[place] for place in range(len(mine))])

@@ -9,9 +9,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+NAME = "mrpo-ahead"  # of the threads
 
-def in_thread(make: Callable[[], T], name: str) -> Future[T]:
-    """What `make` gives or raises, computed in a thread called `name` that does not keep the process alive."""
+
+def in_thread(make: Callable[[], T]) -> Future[T]:
+    """What `make` gives or raises, computed in a thread of its own that does not keep the process alive."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -20,5 +22,5 @@ def in_thread(make: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:  # whoever asks for the result is told
             future.set_exception(error)
 
-    Thread(target=run, name=name, daemon=True).start()
+    Thread(target=run, name=NAME, daemon=True).start()
     return future

@@ -124,8 +124,8 @@ def load_inputs(config: Config) -> Inputs:
     eval_set = load_dataset(config.data, "test") if config.eval.at_start or config.eval.at_end else ()
     validation_set = load_dataset(config.data, "validation") if config.eval.every else ()
     dataset = train_set[0].metadata.get("dataset", config.data.name)
-    judge = make_judge(config.judge if config.samples else JudgeConfig(), dataset, config.output_dir / VERDICTS)
-    answer_reward = AnswerReward(config.reward if config.samples else RewardConfig())
+    judge = make_judge(config.judge if config.generates else JudgeConfig(), dataset, config.output_dir / VERDICTS)
+    answer_reward = AnswerReward(config.reward if config.generates else RewardConfig())
     for example in (train_set[0], *eval_set[:1]):
         processor.encode_prompt(example)
     steps = config.optim.steps or steps_for(len(train_set), prompts_per_step, config.optim.epochs)

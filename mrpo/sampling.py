@@ -70,7 +70,7 @@ class Sampler:
 
     def prepare(self, step: int) -> None:
         """Begins to make the prompts of `step`, whose images take a CPU a while, behind what is done until then."""
-        self._prepared[step] = in_thread(lambda: self._prompts(self._step_examples(step)), "mrpo-prompts")
+        self._prepared[step] = in_thread(lambda: self._prompts(self._step_examples(step)))
 
     def sample(self, step: int) -> Sampled:
         """Generates, hands each completion to the judge as it ends, computes old and reference log-probabilities."""

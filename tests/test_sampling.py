@@ -12,6 +12,7 @@ from scored_items import alone
 from mrpo.batching import Row
 from mrpo.config import Config
 from mrpo.errors import UserError
+from mrpo.in_thread import NAME
 from mrpo.records import Completion, EncodedPrompt, Example
 from mrpo.rollout import SamplingParams
 from mrpo.sampling import Sampler, token_weights
@@ -87,7 +88,7 @@ def test_prompts_may_be_made_in_a_thread_before_their_step() -> None:
     assert [[group.example.id for group in one.groups] for one in sampled] == expected
     assert [[group.prompt.message for group in one.groups] for one in sampled] == expected
     assert sorted(name for name, _ in recorder.made) == sorted(name for names in expected for name in names)
-    assert {name for name, thread in recorder.made if thread == "mrpo-prompts"} == set(expected[1])
+    assert {name for name, thread in recorder.made if thread == NAME} == set(expected[1])
 
 
 def test_a_prompt_that_cannot_be_made_is_told_when_its_step_begins() -> None:

@@ -64,7 +64,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     @property
-    def samples(self) -> bool:
+    def generates(self) -> bool:
         """Whether the run generates completions, which a judge then judges: sft does so in evaluations alone."""
         return self.algorithm != "sft" or self.eval.at_start or self.eval.at_end or self.eval.every > 0
 

@@ -48,7 +48,7 @@ def to_json(diagnosis: Diagnosis) -> dict[str, Any]:
 def _check_software(config: Config, here: Machine) -> list[Check]:
     named = ("torch", "transformers", "deepspeed")
     extension = guarded("mrpo._C", software.check_extension)
-    needs_vllm = config.samples and config.rollout.engine == "vllm"
+    needs_vllm = config.generates and config.rollout.engine == "vllm"
     return [
         guarded("torch", partial(software.check_torch, here)),
         guarded("transformers", partial(software.check_package, "transformers")),

@@ -17,7 +17,7 @@ PATIENCE = 5.0  # seconds until an endpoint that says nothing counts as unreacha
 
 def check_judge(config: Config) -> Check:
     """The judge of the steps: embedded, or an endpoint that must answer and know the model."""
-    if not config.samples:
+    if not config.generates:
         return Check("judge", "ok", "none: the run generates no completions")
     if config.judge.kind == "openai":
         return asyncio.run(_check_endpoint(config.judge))

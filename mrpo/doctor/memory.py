@@ -154,7 +154,7 @@ def _engine(config: Config, model: ModelSize, card: int) -> tuple[Term, ...]:
 
 def _holds_engine(config: Config) -> bool:
     """Whether a vLLM engine is in the trainer's process."""
-    return config.samples and config.rollout.engine == "vllm"
+    return config.generates and config.rollout.engine == "vllm"
 
 
 def engine_share(config: Config) -> float:
@@ -208,7 +208,7 @@ def _states(config: Config, model: ModelSize, num_processes: int) -> tuple[tuple
 
 def _rollout(config: Config, model: ModelSize, prompt: PromptSize) -> tuple[Term, ...]:
     """What generation by the trained model itself adds: the KV cache, and under ZeRO-3 the weights in whole."""
-    if config.rollout.engine != "hf" or not config.samples:
+    if config.rollout.engine != "hf" or not config.generates:
         return ()
     width = _width(config)
     # A group is never split, whatever the batch size.

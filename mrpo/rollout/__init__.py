@@ -61,7 +61,7 @@ def check_engine(config: Config, world_size: int) -> None:
     Raises:
         UserError: vLLM is not installed, or `rollout.tensor_parallel` does not divide the `world_size` processes.
     """
-    if config.samples and config.rollout.engine == "vllm":
+    if config.generates and config.rollout.engine == "vllm":
         from mrpo.rollout.vllm_engine import check_pool_size, require_vllm
 
         require_vllm()
@@ -82,7 +82,7 @@ def make_engine(
         UserError: vLLM is not installed or refuses the model, or a server is down or serves something else.
     """
     rollout = config.rollout
-    if rollout.engine == "hf" or not config.samples:
+    if rollout.engine == "hf" or not config.generates:
         from mrpo.rollout.hf import HFEngine
 
         return HFEngine(policy.model, processor, batch_size=rollout.batch_size, weights=policy.whole_weights)

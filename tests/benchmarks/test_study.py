@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,83 +236,6 @@ def test_finished_jobs_are_not_run_again(experiment, tmp_path: Path) -> None:
     job.folder.mkdir(parents=True)
     (job.folder / "result.json").write_text(json.dumps({"job": job.specification(), "seconds": 3.0}))
     run_jobs([job], workers=2, log=tmp_path / "log", report=lambda *_: pytest.fail("ran again"))
-
-
-_CHAINED = """
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-from study.jobs import Job, run_jobs
-
-@dataclass(frozen=True)
-class Chained(Job):
-    def work(self):
-        if self.start != "phantom" and not Path(self.start).parent.joinpath("result.json").is_file():
-            raise FileNotFoundError(self.start)
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    starts = {"last": str(folder / "middle" / "policy"), "middle": str(folder / "first" / "policy"), "first": "phantom"}
-    jobs = [Chained(name, folder / name, start) for name, start in starts.items()]
-    run_jobs(jobs, workers=2, log=folder / "log", report=lambda job, seconds: print(job.name))
-"""
-
-
-def test_a_job_waits_for_the_one_that_makes_its_start(tmp_path: Path) -> None:
-    script = tmp_path / "chained.py"
-    script.write_text(_CHAINED)
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
-    command = [sys.executable, str(script), str(benchmarks), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["first", "middle", "last"], done.stderr
-
-
-_STUBBORN = """
-import os, signal, sys, time
-from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-from study.jobs import Job, run_jobs
-
-@dataclass(frozen=True)
-class Stubborn(Job):
-    def work(self):
-        signal.signal(signal.SIGTERM, lambda *_: None)  # as a training run, which saves and goes on to its end
-        (self.folder / "pid").write_text(str(os.getpid()))
-        time.sleep(300)
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    jobs = [Stubborn(f"job c{i}", folder / str(i), "phantom") for i in range(2)]
-    run_jobs(jobs, workers=2, log=folder / "log", report=print)
-"""
-
-
-def test_a_study_that_is_stopped_leaves_no_run_behind(tmp_path: Path) -> None:
-    script = tmp_path / "stubborn.py"
-    script.write_text(_STUBBORN)
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
-    study = subprocess.Popen([sys.executable, str(script), str(benchmarks), str(tmp_path)])
-    try:
-        pids = [tmp_path / str(i) / "pid" for i in range(2)]
-        wait_for(lambda: all(pid.is_file() and pid.read_text() for pid in pids))
-        study.send_signal(signal.SIGTERM)
-        assert study.wait(60) == 143
-        for pid in pids:
-            wait_for(lambda pid=pid: not Path("/proc", pid.read_text()).exists())
-    finally:
-        study.kill()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_samples_survive_their_file(tmp_path: Path) -> None:
