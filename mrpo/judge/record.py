@@ -3,7 +3,8 @@
 The material is one JSON object between two delimiters. Inside its strings every `<` and `>`, a bracket that opens a
 tag such as [INST], and every character that is not to be seen (controls, bidirectional overrides, zero-width and tag
 characters, lone surrogates) stands as a JSON escape. So no text of a completion can close the delimiters, forge a
-special token of a chat template or hide what it says, and `json.loads` still gives back every text as it was.
+special token of a chat template or hide what it says, and `json.loads` still gives back every text as it was (a pair
+of surrogates, which no decoder makes, as the character that it stands for).
 """
 
 from __future__ import annotations
