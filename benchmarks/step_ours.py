@@ -125,7 +125,7 @@ class OurWay:
     def step(self, algorithm: str, index: int | None) -> dict[str, float]:
         trainer = self.trainer
         trainer.config = self._configs[algorithm]
-        if index is not None:  # another algorithm takes the same step, which must find as much prepared: nothing
+        if index is not None:  # the algorithms take one step in turns: none may find its prompts made
             trainer._sampler._prepared.clear()
         index = self._next if index is None else index
         self._next = index + 1
